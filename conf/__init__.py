@@ -1,0 +1,1 @@
+"""Hydra configuration, installed as `dllm_rl.conf`."""

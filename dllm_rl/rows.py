@@ -1,0 +1,96 @@
+"""Rows of a data set: a local file or folder, or a name on the Hugging Face hub.
+
+Local `.jsonl` files are read line by line so that an error can name the line; everything else goes through `datasets`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dllm_rl.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+def load_rows(source: str, split: str, required: Sequence[str], config_name: str | None = None) -> list[Row]:
+    """All rows of `source`, each checked to have a value for every required column.
+
+    Args:
+        source: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a folder with one file per split (`train.jsonl`, ...),
+            or the name of a data set on the hub. It is the value of `task.data`.
+        split: which split of a folder or hub data set; a single file holds one split and is read whole.
+        required: columns every row must have.
+        config_name: configuration of a hub data set, such as `main` for openai/gsm8k.
+
+    Raises:
+        UserError: the source does not exist or cannot be read, a row is not a JSON object, or a column is missing.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _split_file(path, split)
+    if path.suffix == ".jsonl":
+        rows: Iterable[tuple[str, Row]] = _json_lines(path)
+    else:
+        rows = _with_datasets(source, path, split, config_name)
+    return [_checked(row, place, required) for place, row in rows]
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    raise UserError(f"task.data={folder}: holds no {split}.jsonl, .json, .csv or .parquet (it holds {found})")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"task.data={path}: cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"task.data={path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: must be a JSON object, not {type(row).__name__}")
+        yield f"{path}:{number}", row
+
+
+def _with_datasets(source: str, path: Path, split: str, config_name: str | None) -> Iterator[tuple[str, Row]]:
+    formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    local = path.suffix in formats
+    if local and not path.is_file():
+        raise UserError(f"task.data={source}: no such file; give a .jsonl, .json, .csv or .parquet file, a folder, "
+                        "or a data set name on the hub")
+    import datasets
+
+    try:
+        if local:
+            # A puzzle such as 0140 is a string, never a number: read every CSV column as text.
+            options = {"dtype": str, "keep_default_na": False} if path.suffix == ".csv" else {}
+            rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train", **options)
+        else:
+            rows = datasets.load_dataset(source, config_name, split=split)
+    except Exception as error:  # datasets, huggingface_hub and pyarrow each raise classes of their own
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"task.data={source}: is no local file or folder, and the hub gave: {reason}" if not local
+                        else f"task.data={source}: cannot be read ({reason})") from None
+    for index, row in enumerate(rows):
+        yield f"{source}: row {index + 1}", row
+
+
+def _checked(row: Row, place: str, required: Sequence[str]) -> Row:
+    for column in required:
+        if row.get(column) is None:
+            columns = ", ".join(row) or "nothing"
+            raise UserError(f"{place}: has no `{column}`; required are {', '.join(required)} (the row has {columns})")
+    return row

@@ -1,0 +1,1 @@
+"""Task packs, installed as `dllm_rl.tasks`."""

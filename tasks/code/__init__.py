@@ -1,0 +1,1 @@
+"""Task pack: code. One file per task."""

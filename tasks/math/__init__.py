@@ -1,0 +1,1 @@
+"""Task pack: math. One file per task."""

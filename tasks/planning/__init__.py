@@ -1,0 +1,1 @@
+"""Task pack: planning. One file per task."""
