@@ -1,12 +1,15 @@
 """Rows of a data set: a local file or folder, or a name on the Hugging Face hub.
 
-Local `.jsonl` files are read line by line so that an error can name the line; everything else goes through `datasets`.
+Local `.jsonl` and `.csv` files are read here, so that an error can name the line and a puzzle such as 0140 stays a
+string; everything else goes through `datasets`.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ Row = Mapping[str, Any]
 def load_rows(source: str, split: str, required: Sequence[str], config_name: str | None = None) -> list[Row]:
     """All rows of `source`, each checked to have a value for every required column.
 
+    Example: `load_rows("gsm8k/test.jsonl", "test", ("question", "answer"))`
+
     Args:
         source: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a folder with one file per split (`train.jsonl`, ...),
             or the name of a data set on the hub. It is the value of `task.data`.
@@ -26,16 +31,30 @@ def load_rows(source: str, split: str, required: Sequence[str], config_name: str
         config_name: configuration of a hub data set, such as `main` for openai/gsm8k.
 
     Raises:
-        UserError: the source does not exist or cannot be read, a row is not a JSON object, or a column is missing.
+        UserError: the source does not exist or cannot be read, a row is not a JSON object, a column is missing,
+            or there are no rows.
+    """
+    return [row for _, row in load_placed_rows(source, split, required, config_name)]
+
+
+def load_placed_rows(
+    source: str, split: str, required: Sequence[str], config_name: str | None = None
+) -> list[tuple[str, Row]]:
+    """`load_rows`, each row with its place for error messages.
+
+    Example: `[("gsm8k/test.jsonl:1", {"question": "Janet's ducks lay ...", "answer": "... #### 18"}), ...]`
     """
     path = Path(source).expanduser()
     if path.is_dir():
         path = _split_file(path, split)
-    if path.suffix == ".jsonl":
-        rows: Iterable[tuple[str, Row]] = _json_lines(path)
+    if path.suffix in _READERS:
+        rows: Iterable[tuple[str, Row]] = _READERS[path.suffix](path)
     else:
         rows = _with_datasets(source, path, split, config_name)
-    return [_checked(row, place, required) for place, row in rows]
+    checked = [(place, _checked(row, place, required)) for place, row in rows]
+    if not checked:
+        raise UserError(f"task.data={source}: holds no rows")
+    return checked
 
 
 def _split_file(folder: Path, split: str) -> Path:
@@ -46,14 +65,17 @@ def _split_file(folder: Path, split: str) -> Path:
     raise UserError(f"task.data={folder}: holds no {split}.jsonl, .json, .csv or .parquet (it holds {found})")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"task.data={path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"task.data={path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(text.split("\n"), 1):
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -65,8 +87,23 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}:{number}", row
 
 
+def _csv_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        for row in reader:
+            place = f"{path}:{reader.line_num}"
+            if None in row:  # DictReader keeps the fields beyond the header under None
+                raise UserError(f"{place}: has more fields than the header ({', '.join(reader.fieldnames or ())})")
+            yield place, row
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: is not CSV ({error})") from None
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {".jsonl": _json_lines, ".csv": _csv_lines}
+
+
 def _with_datasets(source: str, path: Path, split: str, config_name: str | None) -> Iterator[tuple[str, Row]]:
-    formats = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    formats = {".json": "json", ".parquet": "parquet"}
     local = path.suffix in formats
     if local and not path.is_file():
         raise UserError(f"task.data={source}: no such file; give a .jsonl, .json, .csv or .parquet file, a folder, "
@@ -75,9 +112,7 @@ def _with_datasets(source: str, path: Path, split: str, config_name: str | None)
 
     try:
         if local:
-            # A puzzle such as 0140 is a string, never a number: read every CSV column as text.
-            options = {"dtype": str, "keep_default_na": False} if path.suffix == ".csv" else {}
-            rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train", **options)
+            rows = datasets.load_dataset(formats[path.suffix], data_files=str(path), split="train")
         else:
             rows = datasets.load_dataset(source, config_name, split=split)
     except Exception as error:  # datasets, huggingface_hub and pyarrow each raise classes of their own

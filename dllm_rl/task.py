@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from dllm_rl.errors import UserError
+
 Split = Literal["train", "test"]
 Verdict = Literal["correct", "wrong", "no_answer", "timeout", "infra_error"]
 
@@ -77,6 +79,4 @@ class Task(ABC):
 
         Raises `UserError` for a task that has none.
         """
-        from dllm_rl.errors import UserError
-
-        raise UserError(f"task {type(self).__name__} has no demonstrations to fine-tune on; pick another task=")
+        raise UserError(f"task {type(self).__name__} has no demonstrations to fine-tune on ({count=}, {seed=})")

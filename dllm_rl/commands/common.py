@@ -1,0 +1,137 @@
+"""What the commands share: composing the configuration, one-line errors, run folder names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from accelerate import Accelerator
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dllm_rl.config import register
+from dllm_rl.errors import UserError, bad_value
+from dllm_rl.tracking import FREE_KEYS
+
+Settings = dict[str, Any]
+
+
+def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> None:
+    """Composes conf/`config_name`.yaml with the command line and calls `body(settings, config)`.
+
+    `settings` holds one instance per group and section; `config` is the same as plain values. Mistakes of the user end
+    the process with one line on stderr and exit code 2.
+    """
+    _quiet_libraries()
+    register()
+    # Hydra would print its own multi-line message and exit; with this it raises, and the message below is one line.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+    @hydra.main(version_base="1.3", config_path="pkg://dllm_rl.conf", config_name=config_name)
+    def entry(config: DictConfig) -> None:
+        try:
+            body(instances(config), config)
+        except UserError as error:
+            fail(str(error))
+
+    try:
+        entry()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error))
+    except KeyboardInterrupt:
+        fail("interrupted; resume=auto continues from the last checkpoint", code=130)
+
+
+def instances(config: DictConfig) -> Settings:
+    """The configuration as instances of the dataclasses, each of which checks its own values."""
+    try:
+        settings = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def explain(error: Exception) -> str:
+    """Hydra's message on one line, with the valid keys where a key is unknown."""
+    messages = [str(error)]
+    cause = error.__cause__ if error.__cause__ is not None else error
+    if isinstance(cause, OmegaConfBaseException):
+        if cause is not error:
+            messages.append(str(cause))
+        if isinstance(cause.parent_node, DictConfig):
+            messages.append(f"valid keys: {', '.join(sorted(map(str, cause.parent_node)))}")
+    return "; ".join(" ".join(message.split()) for message in messages)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Path:
+    """`run_dir` if given, else a name that depends on the configuration only: no clock, so that a run can be found again.
+
+    Example: outputs/train-sudoku-bgpo-likelihood.num_samples=4-seed0
+    """
+    if settings["run_dir"]:
+        return Path(settings["run_dir"])
+    hydra_config = HydraConfig.get()
+    choices = [group_choice(name) for name in names]
+    skip = {*names, "seed", *FREE_KEYS}
+    changed = [item for item in hydra_config.overrides.task if item.split("=")[0].lstrip("+~") not in skip]
+    suffix = ",".join(sorted(changed)).replace("/", "_")
+    if len(suffix) > 120:
+        suffix = hashlib.sha256(suffix.encode()).hexdigest()[:12]
+    parts = [command, *choices, *([suffix] if suffix else []), f"seed{settings['seed']}"]
+    return Path(settings["output_dir"]) / "-".join(parts)
+
+
+def group_choice(group: str) -> str:
+    """The name chosen in a configuration group, such as `sudoku` for `task`."""
+    return str(HydraConfig.get().runtime.choices[group])
+
+
+def accelerator_for_one_process() -> Accelerator:
+    """The accelerator, which picks the device.
+
+    Raises:
+        UserError: the launcher started several processes.
+    """
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise bad_value("num_processes", accelerator.num_processes, "1, the only number this version supports")
+    return accelerator
+
+
+def check_seed(seed: Any) -> int:
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise bad_value("seed", seed, "an integer from 0 to 2147483647")
+    return seed
+
+
+def plain(config: DictConfig) -> Settings:
+    """The configuration as plain values, for config.yaml."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _quiet_libraries() -> None:
+    """No progress bars or advice of libraries between our lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")

@@ -1,0 +1,95 @@
+"""dllm-rl generate: samples completions and shows the order in which their tokens were unmasked.
+
+    dllm-rl generate task=sudoku model.path=outputs/train-sudoku-bgpo-seed0
+    dllm-rl generate task=gsm8k model.path=... prompt='How much is 3 + 4?' sampler.temperature=0 watch=true
+"""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.text import Text
+
+from dllm_rl.checkpoint import resolve_model_path
+from dllm_rl.commands.common import Settings, accelerator_for_one_process, check_seed, launch
+from dllm_rl.errors import bad_value, check
+from dllm_rl.models.policy import Policy
+
+# From the first token written to the last: colours of the 256-colour terminal palette, cold to hot.
+SCALE = (21, 27, 33, 39, 45, 49, 46, 118, 190, 226, 214, 208, 202, 196)
+HIDDEN = "·"
+
+
+def run(settings: Settings, config: DictConfig) -> None:
+    del config
+    seed, model, task, sampler = check_seed(settings["seed"]), settings["model"], settings["task"], settings["sampler"]
+    if not model.path:
+        raise bad_value("model.path", model.path, "a checkpoint folder, run folder or hub name")
+    check(isinstance(settings["count"], int) and settings["count"] >= 1, "count", settings["count"], "an integer >= 1")
+    sampler.plan(task.completion_length)
+    if settings["prompt"] is None:
+        prompts = [prompt.text for prompt in task.prompts("test")[: settings["count"]]]
+    else:
+        prompts = [str(settings["prompt"])] * settings["count"]
+    model.path = resolve_model_path(model.path)
+    policy = model.build(task.words, seed)
+    policy.network.to(accelerator_for_one_process().device)
+    batch = policy.encode_prompts(prompts, torch.arange(len(prompts)))
+    completions = sampler.sample(policy, batch, task.completion_length, seed=seed, step=0)
+    console = Console(highlight=False)
+    for prompt, text, ids, order in zip(
+        prompts, policy.decode(completions.ids), completions.ids.tolist(), completions.unmask_step.tolist(), strict=True
+    ):
+        console.print(Text(f"prompt      {prompt}", style="bold"))
+        console.print(Text(f"completion  {text}"))
+        if settings["watch"]:
+            for now in range(max(order) + 1):
+                console.print(Text(f"step {now + 1:>4}   ") + canvas(policy, ids, order, now))
+        console.print(Text("order       ") + unmasking_order(policy, ids, order))
+        console.print()
+    console.print(legend())
+
+
+def unmasking_order(policy: Policy, ids: list[int], order: list[int]) -> Text:
+    """Every token with the number of the step that wrote it, coloured from first to last; EOS filled in later is left out."""
+    last = max(order)
+    text = Text()
+    for token, step in zip(ids, order, strict=True):
+        if step >= 0:
+            text.append(show(policy, token), style=colour(step, last)).append(f"{step + 1} ", style="dim")
+    return text
+
+
+def canvas(policy: Policy, ids: list[int], order: list[int], now: int) -> Text:
+    """The canvas after step `now`: what is still masked is a dot."""
+    text, last = Text(), max(order)
+    for token, step in zip(ids, order, strict=True):
+        written = 0 <= step <= now
+        text.append(show(policy, token) if written else HIDDEN, style=colour(step, last) if written else "dim")
+    return text
+
+
+def show(policy: Policy, token: int) -> str:
+    """One token as visible text on one line."""
+    text = policy.tokenizer.decode([token])
+    return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+
+
+def colour(step: int, last: int) -> str:
+    return f"color({SCALE[step * (len(SCALE) - 1) // max(1, last)]})"
+
+
+def legend() -> Text:
+    text = Text("first ", style="dim")
+    for shade in SCALE:
+        text.append("■", style=f"color({shade})")
+    return text.append(" last to be unmasked; the small number is the denoising step", style="dim")
+
+
+def main() -> None:
+    launch("generate", run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A masked-diffusion model behind one forward method, used alike by rollout, likelihood and evaluation.
+
+The network is transformers' own class with `is_causal=False`; the logits come only from the positions asked for. A
+pre-hook on the output head keeps those rows, so the head module itself is still called and wrappers around it (peft,
+FSDP2, ZeRO) keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dllm_rl.errors import UserError
+from dllm_rl.types import PromptBatch
+
+CHECKPOINT_FILES = "config.json, model.safetensors and the tokenizer's files"
+
+
+class Policy:
+    """Network, tokenizer and special ids.
+
+    Args:
+        network: a causal-LM class of transformers with `config.is_causal = False`.
+        tokenizer: must have a mask, an EOS and a padding token.
+
+    Raises:
+        UserError: a special token is missing, or the network turns out to be causal or to read padding.
+    """
+
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        for name in ("mask_token", "eos_token", "pad_token"):
+            if getattr(tokenizer, name) is None:
+                raise UserError(f"the tokenizer has no {name}; a masked-diffusion model needs mask, EOS and padding tokens")
+        self.network: Any = network
+        self.tokenizer = tokenizer
+        self.mask_id: int = tokenizer.mask_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+        self._head_rows: Tensor | None = None
+        network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+        """The one forward pass.
+
+        The mask token gets -inf: the model predicts data, never the mask (MDLM, arXiv 2406.07524, section 3.2.3).
+
+        Args:
+            prompts: B left-padded prompts.
+            canvas: [B, L] int64, the completion with some tokens masked.
+            positions: [B, L] bool, K of them True.
+
+        Returns:
+            [K, V] logits in the network's precision, rows in row-major order of `positions`.
+        """
+        ids = torch.cat([prompts.ids, canvas], dim=1)
+        # Without padding no mask is passed, so that the attention kernel without a bias is used.
+        padding: dict[str, Tensor] = {}
+        if not prompts.mask.all():
+            attended = torch.cat([prompts.mask, torch.ones_like(positions)], dim=1)
+            padding = {"attention_mask": attended.long(), "position_ids": (attended.cumsum(1) - 1).clamp(min=0)}
+        self._head_rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        try:
+            logits: Tensor = self.network(input_ids=ids, use_cache=False, **padding).logits
+        finally:
+            self._head_rows = None
+        return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), -torch.inf)
+
+    def _keep_rows(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._head_rows is None:
+            return None
+        return (inputs[0][self._head_rows], *inputs[1:])
+
+    def encode_prompts(self, texts: Sequence[str], sample_ids: Tensor) -> PromptBatch:
+        """Tokenizes and left-pads B texts onto the policy's device. `sample_ids` is [B]."""
+        rows = [self.tokenizer.encode(text) for text in texts]
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id)
+        for number, row in enumerate(rows):
+            ids[number, width - len(row):] = torch.tensor(row, dtype=torch.int64)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(width) >= rearrange(width - lengths, "b -> b 1")
+        return PromptBatch(ids, mask, sample_ids).to(self.device)
+
+    def encode_completions(self, texts: Sequence[str], length: int) -> Tensor:
+        """[B, L] int64: each text followed by EOS up to `length`; longer texts lose their end."""
+        ids = torch.full((len(texts), length), self.eos_id)
+        for number, text in enumerate(texts):
+            row = self.tokenizer.encode(text)[:length]
+            ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        return ids.to(self.device)
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """The texts of [B, L] completions, each cut at its first EOS."""
+        texts = []
+        for row in ids.tolist():
+            end = row.index(self.eos_id) if self.eos_id in row else len(row)
+            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True))
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json, model.safetensors and the tokenizer: plain transformers classes load them again."""
+        self.network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """One shot at start: the first position must see the last one, and nobody may see padding.
+
+        An older transformers ignores `is_causal=False` without a word, and some modelling code ignores the attention
+        mask; either would train a different model from the one that samples.
+        """
+        plain = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
+        first, other = plain[0], plain[-1]
+        prompt = torch.tensor([[self.pad_id, first, first]], device=self.device)
+        canvas = torch.tensor([[first, self.mask_id, first]], device=self.device)
+        changed_end = torch.tensor([[first, self.mask_id, other]], device=self.device)
+        changed_padding = torch.tensor([[other, first, first]], device=self.device)
+        mask = torch.tensor([[False, True, True]], device=self.device)
+        asked = torch.tensor([[True, False, False]], device=self.device)
+
+        def look(ids: Tensor, tail: Tensor) -> Tensor:
+            return self.logits(PromptBatch(ids, mask, torch.zeros(1, dtype=torch.int64)), tail, asked)
+
+        base = look(prompt, canvas)
+        name = type(self.network).__name__
+        if torch.equal(base, look(prompt, changed_end)):
+            raise UserError(f"{name} attends causally although masked diffusion needs both directions; set is_causal=false "
+                            "in its config.json and use a transformers release that honours it")
+        if not torch.equal(base, look(changed_padding, canvas)):
+            raise UserError(f"{name} ignores the attention mask: padding changes its logits")
+
+
+def load_policy(path: str) -> Policy:
+    """A policy from a checkpoint folder or a hub name.
+
+    Raises:
+        UserError: the folder lacks the configuration, weights or tokenizer, or the hub has no such model.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"model.path={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, "
+                        f"or a hub name ({reason})") from None
+    return Policy(network, tokenizer)
+
+
+def _check_folder(folder: Path) -> None:
+    has_weights = any(folder.glob("*.safetensors"))
+    missing = [name for name, there in (
+        ("config.json", (folder / "config.json").is_file()),
+        ("model.safetensors", has_weights),
+        ("tokenizer.json", (folder / "tokenizer.json").is_file()),
+    ) if not there]
+    if missing:
+        raise UserError(f"model.path={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")

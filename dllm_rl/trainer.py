@@ -1,0 +1,128 @@
+"""The training loop: prompts, rollouts, rewards, advantages, gradient, step. It knows no algorithm by name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+from accelerate import Accelerator
+
+from dllm_rl.accumulate import Masks, Scores, backward
+from dllm_rl.checkpoint import save_checkpoint
+from dllm_rl.diffusion.likelihood import Likelihood
+from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.errors import check
+from dllm_rl.evaluation import Evaluation, EvaluationConfig, evaluate
+from dllm_rl.experience import Experience, collect, pick_prompts
+from dllm_rl.memory import SavedBytes, memory_metrics
+from dllm_rl.models.policy import Policy
+from dllm_rl.objectives.base import Objective
+from dllm_rl.optimization import Optimizer
+from dllm_rl.task import Task
+from dllm_rl.tracking import Reporter, RunFolder, step_line
+
+
+@dataclass
+class TrainerConfig:
+    """The size and rhythm of a run."""
+
+    steps: int = 60
+    """Rollout batches."""
+    prompts_per_step: int = 16
+    group_size: int = 8
+    """G: completions per prompt, compared with each other."""
+    inner_updates: int = 1
+    """Optimizer steps per rollout batch. 1 is on-policy; later ones use the same masks, so their old values are free."""
+    micro_samples: int = 128
+    """Pairs of sequence and corruption per forward pass: memory against speed, never the result."""
+    eval_every: int = 20
+    """Steps between evaluations; 0: none."""
+    save_every: int = 20
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        least = {"group_size": 2, "eval_every": 0}
+        for name, value in asdict(self).items():
+            check(value >= least.get(name, 1), f"trainer.{name}", value, f"an integer >= {least.get(name, 1)}")
+
+
+@dataclass
+class Training:
+    """Everything a run consists of: the five choices, their settings, and how far it has come."""
+
+    policy: Policy
+    task: Task
+    sampler: LowConfidence
+    likelihood: Likelihood
+    objective: Objective
+    optimizer: Optimizer
+    config: TrainerConfig
+    evaluation: EvaluationConfig
+    accelerator: Accelerator
+    folder: RunFolder
+    seed: int
+    done: int = 0
+
+
+def train(run: Training) -> None:
+    """Runs from step `run.done` to the end. One iteration is one rollout batch."""
+    config, prompts = run.config, run.task.prompts("train")
+    if run.done == 0 and config.eval_every:
+        _evaluate(run, 0)
+    with Reporter(config.steps, run.done) as report:
+        for step in range(run.done + 1, config.steps + 1):
+            start = time.perf_counter()
+            chosen = pick_prompts(prompts, config.prompts_per_step, seed=run.seed, step=step - 1)
+            experience = collect(
+                run.policy, run.task, run.sampler, chosen, config.group_size, seed=run.seed, step=step
+            )
+            rollout_end = time.perf_counter()
+            update = _update(run, experience, step)
+            metrics = {
+                "step": step, **experience.metrics(), **update, "time/rollout": rollout_end - start,
+                "time/update": time.perf_counter() - rollout_end, **memory_metrics(),
+            }
+            run.folder.log("metrics.jsonl", [metrics])
+            run.folder.log("rollouts.jsonl", experience.records(step))
+            report.line(step_line(metrics, config.steps))
+            report.advance()
+            if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+                report.line(_evaluate(run, step).line(step))
+            if step % config.save_every == 0 or step == config.steps:
+                save_checkpoint(run.folder.path, step, run.policy, run.optimizer.state_dict(), config.keep)
+    run.folder.plot()
+
+
+def _update(run: Training, experience: Experience, step: int) -> dict[str, float]:
+    """All inner updates on one batch. Completions with advantage 0 have no gradient and cost no forward pass."""
+    learnable = experience.advantages != 0
+    if not learnable.any():
+        return {"update/sequences": 0}
+    completions, advantages = experience.completions.rows(learnable), experience.advantages[learnable]
+    masks = Masks(run.likelihood, run.seed, step)
+    old: Scores | None = None
+    metrics: dict[str, float] = {"update/sequences": len(completions)}
+    for _ in range(run.config.inner_updates):
+        with SavedBytes() as saved:
+            scores, shares = backward(
+                run.policy, run.objective, completions, advantages, masks, old=old,
+                num_terms=len(learnable) * run.likelihood.num_samples, micro_samples=run.config.micro_samples,
+                run_backward=run.accelerator.backward,
+            )
+        # The first pass ran at the weights that sampled, on the masks of this step: its values are the old ones.
+        old = old or scores
+        delta = scores.terms - old.terms
+        metrics |= shares | {
+            "elbo/mean": float(scores.terms.mean()), "elbo/std": float(scores.terms.std(1, correction=0).mean()),
+            "delta/mean_abs": float(delta.abs().mean()), "delta/max_abs": float(delta.abs().max()),
+            "grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak,
+        }
+    return metrics
+
+
+def _evaluate(run: Training, step: int) -> Evaluation:
+    result = evaluate(run.policy, run.task, run.sampler, run.evaluation, seed=run.seed)
+    run.folder.log("evaluations.jsonl", [{"step": step, **{row.metric: row.value for row in result.estimates}}])
+    return result

@@ -1,0 +1,93 @@
+"""GSM8K: grade-school word problems with a number for an answer.
+
+Example row (openai/grade-school-math, MIT; `openai/gsm8k` on the hub):
+
+    {"question": "A robe takes 2 bolts of blue fiber and half that much white fiber.  How many bolts in total does it
+     take?", "answer": "It takes 2/2=<<2/2=1>>1 bolt of white fiber\nSo the total amount of fabric is 2+1=<<2+1=3>>3
+     bolts of fabric\n#### 3"}
+
+The model reads the bare question, as in the protocol of BGPO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from random import Random
+
+from dllm_rl.errors import UserError, check
+from dllm_rl.rows import Row, load_placed_rows
+from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
+from dllm_rl.tasks.generated import check_integer
+from dllm_rl.tasks.math.numbers import final_answer
+
+
+@dataclass
+class GSM8K(Task):
+    r"""GSM8K: reward 1 when the final number is right, otherwise 0.
+
+    The final number is the one in the last `\boxed{...}`, else the one after the last `####`, else the last of the
+    text; `1,000`, `18.0` and `$18` are read as what they mean.
+
+    Example: `GSM8K(data="gsm8k/")`
+    """
+
+    data: str = "openai/gsm8k"
+    """Name on the hub, or a local file or folder with rows of `question` and `answer` (`... #### 18`)."""
+    completion_length: int = 256
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.data, str) and self.data != "", "task.data", self.data,
+              "a data set name on the hub, a file or a folder")
+        check_integer("completion_length", self.completion_length, 1)
+
+    def prompts(self, split: Split) -> Sequence[Prompt]:
+        """The questions of a split."""
+        return _prompts(self.data, split)
+
+    def score(self, prompt: Prompt, completion: str) -> Reward:
+        """1 for the right final number; `no_answer` where none can be read."""
+        number = final_answer(completion)
+        if number is None:
+            return Reward(0.0, "no_answer")
+        return Reward(1.0, "correct") if number == Fraction(prompt.data["answer"]) else Reward(0.0, "wrong")
+
+    def demonstrations(self, count: int, seed: int) -> list[Demonstration]:
+        """The training questions with their worked answers, shuffled anew for every pass over them."""
+        rows = _rows(self.data, "train")
+        rng = Random(f"gsm8k demonstrations {seed}")
+        chosen: list[Row] = []
+        while len(chosen) < count:
+            chosen.extend(rng.sample(rows, len(rows)))
+        return [Demonstration(row["question"], row["answer"]) for row in chosen[:count]]
+
+
+@lru_cache(maxsize=8)
+def _rows(data: str, split: Split) -> tuple[Row, ...]:
+    placed = load_placed_rows(data, split, ("question", "answer"), config_name="main")
+    for place, row in placed:
+        _check_row(row, place)
+    return tuple(row for _, row in placed)
+
+
+@lru_cache(maxsize=8)
+def _prompts(data: str, split: Split) -> tuple[Prompt, ...]:
+    return tuple(
+        Prompt(f"{split}/{index}", row["question"], {"answer": str(_gold(row["answer"]))})
+        for index, row in enumerate(_rows(data, split))
+    )
+
+
+def _check_row(row: Row, place: str) -> None:
+    for column in ("question", "answer"):
+        if not isinstance(row[column], str):
+            raise UserError(f"{place}: {column}={row[column]}: must be a string")
+    if _gold(row["answer"]) is None:
+        raise UserError(f"{place}: `answer` must end on #### and a number, such as `... #### 18`")
+
+
+def _gold(answer: str) -> Fraction | None:
+    _, mark, tail = answer.rpartition("####")
+    return final_answer(mark + tail) if mark else None
