@@ -99,6 +99,15 @@ def backward(
     return scores, {name: float(value) for name, value in totals.items()}
 
 
+def score_metrics(scores: Scores, old: Scores) -> dict[str, float]:
+    """Figures of one pass: the ELBO estimate, its spread over the N samples, and δ against the old policy."""
+    terms, delta = scores.terms, (scores.terms - old.terms).abs()
+    return {
+        "elbo/mean": float(terms.mean()), "elbo/std": float(terms.std(1, correction=0).mean()),
+        "delta/mean_abs": float(delta.mean()), "delta/max_abs": float(delta.max()),
+    }
+
+
 def _chunks(
     num_sequences: int, num_samples: int, micro_samples: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -61,6 +61,11 @@ class Evaluation:
         return (f"step {step:>4}  test reward: greedy {greedy.value:.3f} [{greedy.low:.3f}, {greedy.high:.3f}]  "
                 f"sampled {sampled.value:.3f} [{sampled.low:.3f}, {sampled.high:.3f}]  ({greedy.n} prompts)")
 
+    def record(self, step: int) -> dict[str, object]:
+        """The line of evaluations.jsonl."""
+        return {"step": step, "n": self.estimates[0].n, **{row.metric: row.value for row in self.estimates},
+                "intervals": {row.metric: [row.low, row.high] for row in self.estimates}}
+
     def summary(self) -> dict[str, object]:
         """The content of results.json for a task: the first estimate, and all of them under `metrics`."""
         rows = [asdict(estimate) for estimate in self.estimates]

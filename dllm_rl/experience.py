@@ -69,7 +69,7 @@ class Experience:
 
 
 def pick_prompts(prompts: Sequence[Prompt], count: int, *, seed: int, step: int) -> list[Prompt]:
-    """The `count` prompts of a step: passes over the whole set, each pass in a new order, a pure function of (seed, step)."""
+    """The `count` prompts of a step, a pure function of (seed, step): passes over the whole set, each in a new order."""
     positions = range(step * count, (step + 1) * count)
     orders: dict[int, list[int]] = {}
     for epoch in {position // len(prompts) for position in positions}:

@@ -230,7 +230,7 @@ def _judged(program: Program, report: Mapping[str, Any]) -> Outcome:
 
 
 def _summed_up(passed: tuple[bool, ...], error: str, report: Mapping[str, Any]) -> Outcome:
-    if report["ending"] == "timeout" or report["code"] == -signal.SIGXCPU:  # threads use up CPU time before the deadline
+    if report["ending"] == "timeout" or report["code"] == -signal.SIGXCPU:  # by threads
         return Outcome("timeout", passed, error or "did not finish in time")
     if report["ending"] == "output":
         return Outcome("failed", (False,) * len(passed), "sent more than the sandbox accepts")

@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
+from types import CodeType
 from typing import Any, NoReturn
 
 Send = Callable[[int, dict[str, Any]], None]
@@ -126,7 +128,12 @@ def _write(report: dict[str, Any]) -> None:
 
 def _prctl(option: int, value: int) -> bool:
     """Whether the Linux call prctl(option, value) succeeded."""
-    return sys.platform == "linux" and ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
+    return sys.platform == "linux" and _c_library().prctl(option, value, 0, 0, 0) == 0
+
+
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _adopt_orphans() -> bool:
@@ -254,15 +261,21 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 def _evaluate(test: dict[str, Any], namespace: dict[str, Any]) -> Any:
-    code = compile(test["expression"], "<test>", "eval", dont_inherit=True)
-    return _encode(eval(code, {**namespace, **test["arguments"]}))
+    return _encode(eval(_compiled(test["expression"]), {**namespace, **test["arguments"]}))
+
+
+@cache
+def _compiled(expression: str) -> CodeType:
+    """Compiling is most of the cost of a tiny program, and its tests often share one expression."""
+    return compile(expression, "<test>", "eval", dont_inherit=True)
 
 
 def _assert(test: dict[str, Any], namespace: dict[str, Any]) -> bool:
     """Runs assertions, counting those that are reached; the counter has a name that the program cannot guess."""
     import ast
 
-    name, reached = f"_{os.urandom(8).hex()}", []
+    name = f"_{os.urandom(8).hex()}"
+    reached: list[None] = []
 
     class CountAssertions(ast.NodeTransformer):
         def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:

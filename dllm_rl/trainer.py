@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from accelerate import Accelerator
 
-from dllm_rl.accumulate import Masks, Scores, backward
+from dllm_rl.accumulate import Masks, Scores, backward, score_metrics
 from dllm_rl.checkpoint import save_checkpoint
 from dllm_rl.diffusion.likelihood import Likelihood
 from dllm_rl.diffusion.sampler import LowConfidence
@@ -24,23 +24,21 @@ from dllm_rl.tracking import Reporter, RunFolder, step_line
 
 @dataclass
 class TrainerConfig:
-    """The size and rhythm of a run."""
+    """The size and rhythm of a run. A step is one rollout batch."""
 
     steps: int = 60
-    """Rollout batches."""
     prompts_per_step: int = 16
     group_size: int = 8
     """G: completions per prompt, compared with each other."""
     inner_updates: int = 1
     """Optimizer steps per rollout batch. 1 is on-policy; later ones use the same masks, so their old values are free."""
     micro_samples: int = 128
-    """Pairs of sequence and corruption per forward pass: memory against speed, never the result."""
+    """Pairs of sequence and corruption per forward pass: memory against speed; the gradient is the same."""
     eval_every: int = 20
     """Steps between evaluations; 0: none."""
     save_every: int = 20
-    """Steps between checkpoints; the last step is always saved."""
+    """Steps between checkpoints, of which the newest `keep` stay; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept."""
 
     def __post_init__(self) -> None:
         least = {"group_size": 2, "eval_every": 0}
@@ -75,9 +73,7 @@ def train(run: Training) -> None:
         for step in range(run.done + 1, config.steps + 1):
             start = time.perf_counter()
             chosen = pick_prompts(prompts, config.prompts_per_step, seed=run.seed, step=step - 1)
-            experience = collect(
-                run.policy, run.task, run.sampler, chosen, config.group_size, seed=run.seed, step=step
-            )
+            experience = collect(run.policy, run.task, run.sampler, chosen, config.group_size, seed=run.seed, step=step)
             rollout_end = time.perf_counter()
             update = _update(run, experience, step)
             metrics = {
@@ -113,16 +109,12 @@ def _update(run: Training, experience: Experience, step: int) -> dict[str, float
             )
         # The first pass ran at the weights that sampled, on the masks of this step: its values are the old ones.
         old = old or scores
-        delta = scores.terms - old.terms
-        metrics |= shares | {
-            "elbo/mean": float(scores.terms.mean()), "elbo/std": float(scores.terms.std(1, correction=0).mean()),
-            "delta/mean_abs": float(delta.abs().mean()), "delta/max_abs": float(delta.abs().max()),
-            "grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak,
-        }
+        metrics |= shares | score_metrics(scores, old)
+        metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
     return metrics
 
 
 def _evaluate(run: Training, step: int) -> Evaluation:
     result = evaluate(run.policy, run.task, run.sampler, run.evaluation, seed=run.seed)
-    run.folder.log("evaluations.jsonl", [{"step": step, **{row.metric: row.value for row in result.estimates}}])
+    run.folder.log("evaluations.jsonl", [result.record(step)])
     return result

@@ -30,7 +30,8 @@ PIECES = ("\\boxed{", "}", "18", "####", "-", "/0")
     ("−7", -7), ("-$7", -7), ("$-7", -7), ("\\$18", 18), ("1,450,000", 1450000), ("1{,}000", 1000), ("1\\,000", 1000),
     (".5", Fraction(1, 2)), ("0.50", Fraction(1, 2)), ("3/4", Fraction(3, 4)), ("16-3", 3), ("16 - 3", 3),
     ("(2)-3", 3), ("16-3=13", 13), ("1,2,3", 3), ("10–12", 12), ("007", 7), ("18 dollars", 18), ("x=-2", -2),
-    ("1.5.", Fraction(3, 2)), ("", None), ("none", None), ("-", None), ("$", None), ("1/0", None), ("１８", None), ("9" * 41, None), ("1/" + "9" * 41, None), ("9" * 40, int("9" * 40)),
+    ("1.5.", Fraction(3, 2)), ("", None), ("none", None), ("-", None), ("$", None), ("1/0", None), ("１８", None),
+    ("9" * 41, None), ("1/" + "9" * 41, None), ("9" * 40, int("9" * 40)),
 ])
 def test_last_number(text: str, number: object) -> None:
     """R3: a number counts however it is written."""
@@ -41,8 +42,8 @@ def test_last_number(text: str, number: object) -> None:
     ("3 + 4 = 7", 7), ("so 5\n#### 1,000", 1000), ("#### 3\n#### 18 (not 19)", 18), ("\\boxed{18} and then 7", 18),
     ("\\boxed{1} or \\boxed{18} #### 7", 18), ("\\boxed{\\$18.00}", 18), ("\\boxed{18\\%}", 18), ("\\boxed {18}", 18),
     ("\\boxed{18 \\text{ dollars}}", 18), ("\\boxed{\\boxed{18}}", 18), ("\\boxed{18} \\boxed{19", 18),
-    ("\\boxed{18", 18), ("\\boxed{\\frac{3}{4}} 4", None), ("\\boxed{}", None), ("\\boxed{10, 18}", None), ("7 ####", None),
-    ("#### -3", -3), ("#### about 18 of 20", 18), ("\\boxed{3/4}", Fraction(3, 4)),
+    ("\\boxed{18", 18), ("\\boxed{\\frac{3}{4}} 4", None), ("\\boxed{}", None), ("\\boxed{10, 18}", None),
+    ("7 ####", None), ("#### -3", -3), ("#### about 18 of 20", 18), ("\\boxed{3/4}", Fraction(3, 4)),
 ])
 def test_final_answer(text: str, number: object) -> None:
     assert final_answer(text) == number

@@ -37,6 +37,14 @@ def prompt_of(puzzle: str) -> Prompt:
     return Prompt("test/0", puzzle, {"puzzle": puzzle})
 
 
+def flat(text: str) -> str:
+    return text.replace("\n", "")
+
+
+def flat_pairs(task: Sudoku, count: int, seed: int) -> list[tuple[str, str]]:
+    return [(flat(demo.prompt), flat(demo.completion)) for demo in task.demonstrations(count, seed)]
+
+
 def blanks_of(puzzle: str) -> list[int]:
     return [cell for cell, clue in enumerate(puzzle) if clue == "0"]
 
@@ -58,18 +66,18 @@ def test_split_is_by_solution() -> None:
     assert train | test == set(all_grids())
     task = Sudoku()
     for split, grids in (("train", train), ("test", test)):
-        assert {solution for prompt in task.prompts(split) for solution in solutions(prompt.text)} <= grids
-    assert {solutions(demo.prompt)[0] for demo in task.demonstrations(2000, 0)} <= train
+        assert {solution for prompt in task.prompts(split) for solution in solutions(prompt.data["puzzle"])} <= grids
+    assert {solutions(flat(demo.prompt))[0] for demo in task.demonstrations(2000, 0)} <= train
 
 
 def test_generated_puzzles_are_distinct_and_have_one_solution() -> None:
     task = Sudoku()
     for split, size in (("train", 4096), ("test", 256)):
         prompts = task.prompts(split)
-        assert len(prompts) == size == len({prompt.text for prompt in prompts})
+        assert len(prompts) == size == len({prompt.data["puzzle"] for prompt in prompts})
         assert len({prompt.id for prompt in prompts}) == size
-        assert {prompt.text.count("0") for prompt in prompts} == {6, 7, 8, 9, 10}
-        assert all(backtrack(prompt.text) == 1 for prompt in prompts[:100])
+        assert {prompt.data["puzzle"].count("0") for prompt in prompts} == {6, 7, 8, 9, 10}
+        assert all(backtrack(prompt.data["puzzle"]) == 1 for prompt in prompts[:100])
     assert task.prompts("test")[17].id == "test/17"
 
 
@@ -107,7 +115,7 @@ def test_every_solution_of_an_ambiguous_puzzle_is_right() -> None:
 
 
 def test_grade_of_a_wrong_cell() -> None:
-    puzzle = Sudoku().prompts("test")[0].text
+    puzzle = Sudoku().prompts("test")[0].data["puzzle"]
     (solution,) = solutions(puzzle)
     last = blanks_of(puzzle)[-1]
     wrong = f"{solution[:last]}{int(solution[last]) % 4 + 1}{solution[last + 1:]}"
@@ -129,7 +137,7 @@ def test_cell_accuracy_takes_the_nearest_solution() -> None:
 def test_changed_clues_are_wrong() -> None:
     """R7: a valid grid that ignores the clues earns nothing."""
     prompt = Sudoku().prompts("test")[0]
-    other = next(grid for grid in all_grids() if grid not in solutions(prompt.text))
+    other = next(grid for grid in all_grids() if grid not in solutions(prompt.data["puzzle"]))
     assert Sudoku().score(prompt, other).value == 0.0
 
 
@@ -140,20 +148,29 @@ def test_changed_clues_are_wrong() -> None:
     lambda grid: f"<answer>{grid}</answer>",
     lambda grid: grid + " done",
     lambda grid: grid + "\x00",
-    lambda grid: " ".join(grid),
-    lambda grid: "\n".join(grid[i:i + 4] for i in (0, 4, 8, 12)),
     lambda grid: "".join(chr(ord("０") + int(digit)) for digit in grid),
 ])
 def test_nothing_is_padded_cut_or_harvested(mangle: Callable[[str], str]) -> None:
     """R7: only exactly 16 ASCII digits are an answer."""
     prompt = Sudoku().prompts("test")[0]
-    reward = Sudoku().score(prompt, mangle(solutions(prompt.text)[0]))
+    reward = Sudoku().score(prompt, mangle(solutions(prompt.data["puzzle"])[0]))
     assert (reward.value, reward.verdict) == (0.0, "wrong")
 
 
-def test_white_space_around_the_answer_is_ignored() -> None:
+def test_prompts_and_demonstrations_are_grids_of_four_lines() -> None:
+    task = Sudoku()
+    for text in (task.prompts("test")[0].text, task.demonstrations(1, 0)[0].prompt):
+        assert [len(line) for line in text.split("\n")] == [4, 4, 4, 4, 0]
+    written = task.demonstrations(1, 0)[0].completion
+    assert [len(line) for line in written.split("\n")] == [4, 4, 4, 4] and len(written) < task.completion_length
+
+
+def test_white_space_in_the_answer_is_ignored() -> None:
     prompt = Sudoku().prompts("test")[0]
-    assert Sudoku().score(prompt, f" \n{solutions(prompt.text)[0]}\t").verdict == "correct"
+    grid = solutions(prompt.data["puzzle"])[0]
+    assert Sudoku().score(prompt, "\n".join(grid[i : i + 4] for i in (0, 4, 8, 12))).verdict == "correct"
+    assert Sudoku().score(prompt, " ".join(grid)).verdict == "correct"
+    assert Sudoku().score(prompt, f" \n{grid}\t").verdict == "correct"
     assert Sudoku().score(prompt, " \n\t").verdict == "no_answer"
 
 
@@ -161,7 +178,7 @@ def test_white_space_around_the_answer_is_ignored() -> None:
 @given(st.text() | st.text("01234", min_size=16, max_size=16) | st.text("0123456789٣³ \x00\ud800", max_size=20))
 def test_score_never_raises(text: str) -> None:
     reward = Sudoku().score(prompt_of(PUZZLE), text)
-    assert reward.value == float(text.strip() in solutions(PUZZLE))
+    assert reward.value == float("".join(text.split()) in solutions(PUZZLE))
     assert 0.0 <= reward.parts["cell"] <= 1.0
 
 
@@ -175,7 +192,7 @@ def test_exact_is_validity() -> None:
 
 
 def test_systematic_mistake() -> None:
-    demos = Sudoku().demonstrations(4000, 1)
+    demos = flat_pairs(Sudoku(), 4000, 1)
     wrong = 0
     for puzzle, completion in demos:
         (solution,) = solutions(puzzle)
@@ -191,7 +208,7 @@ def test_systematic_mistake() -> None:
 
 def test_noisy_mistake() -> None:
     changes: Counter[int] = Counter()
-    for puzzle, completion in Sudoku(demonstrations_from="noisy").demonstrations(4000, 1):
+    for puzzle, completion in flat_pairs(Sudoku(demonstrations_from="noisy"), 4000, 1):
         (solution,) = solutions(puzzle)
         changed = {cell for cell in range(16) if completion[cell] != solution[cell]}
         assert changed <= set(blanks_of(puzzle))
@@ -204,11 +221,11 @@ def test_noisy_mistake() -> None:
 
 
 def test_clean_demonstrations_and_rates() -> None:
-    clean = Sudoku(demonstrations_from="clean").demonstrations(300, 0)
+    clean = flat_pairs(Sudoku(demonstrations_from="clean"), 300, 0)
     assert all(completion == solutions(puzzle)[0] for puzzle, completion in clean)
-    always = Sudoku(mistake_rate=1.0).demonstrations(300, 0)
+    always = flat_pairs(Sudoku(mistake_rate=1.0), 300, 0)
     assert all(completion not in solutions(puzzle) for puzzle, completion in always)
-    never = Sudoku(mistake_rate=0).demonstrations(300, 0)
+    never = flat_pairs(Sudoku(mistake_rate=0), 300, 0)
     assert all(completion in solutions(puzzle) for puzzle, completion in never)
 
 
@@ -226,20 +243,20 @@ def test_real_puzzles_parse_and_their_solutions_are_right() -> None:
     prompts = task.prompts("test")
     assert len(prompts) == len(rows) == 500
     for prompt, (puzzle, solution) in zip(prompts, rows, strict=True):
-        assert prompt.text == puzzle
+        assert prompt.data["puzzle"] == puzzle
         assert task.score(prompt, solution).parts == {"exact": 1.0, "cell": 1.0}
     assert Counter(backtrack(puzzle) for puzzle, _ in rows) == {1: 376, 2: 115, 3: 8, 4: 1}
 
 
 def test_puzzles_of_the_file_are_not_trained_on(tmp_path: Path) -> None:
     fields = {"min_blanks": 1, "max_blanks": 1, "train_size": 3000}
-    seen = [prompt.text for prompt in Sudoku(**fields).prompts("train")[:100]]
+    seen = [prompt.data["puzzle"] for prompt in Sudoku(**fields).prompts("train")[:100]]
     file = tmp_path / "puzzles.csv"
     file.write_text("Puzzle,Solution\n" + "".join(f"{puzzle},\n" for puzzle in seen))
     task = Sudoku(data=str(file), **fields)
-    assert [prompt.text for prompt in task.prompts("test")] == seen
-    assert not {prompt.text for prompt in task.prompts("train")} & set(seen)
-    assert not {demo.prompt for demo in task.demonstrations(3000, 0)} & set(seen)
+    assert [prompt.data["puzzle"] for prompt in task.prompts("test")] == seen
+    assert not {prompt.data["puzzle"] for prompt in task.prompts("train")} & set(seen)
+    assert not {flat(demo.prompt) for demo in task.demonstrations(3000, 0)} & set(seen)
 
 
 @pytest.mark.parametrize(("puzzle", "problem"), [

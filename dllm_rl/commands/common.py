@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dllm_rl.config import register
 from dllm_rl.errors import UserError, bad_value
@@ -64,14 +65,14 @@ def instances(config: DictConfig) -> Settings:
 
 def explain(error: Exception) -> str:
     """Hydra's message on one line, with the valid keys where a key is unknown."""
-    messages = [str(error)]
-    cause = error.__cause__ if error.__cause__ is not None else error
+    message = re.sub(r"\.?\s*(To append to your config use|Config search path:).*", "", str(error), flags=re.DOTALL)
+    cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException):
-        if cause is not error:
-            messages.append(str(cause))
-        if isinstance(cause.parent_node, DictConfig):
-            messages.append(f"valid keys: {', '.join(sorted(map(str, cause.parent_node)))}")
-    return "; ".join(" ".join(message.split()) for message in messages)
+        message += f" ({cause.msg or cause})".replace(str(error), "")
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
+            message += f"; valid are {', '.join(sorted(str(key) for key in cause.parent_node if key != 'hydra'))}"
+    one_line = re.sub(r":\s*\n\s+", ": ", message.strip()).replace("\n\t", ", ")
+    return " ".join(one_line.split())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -82,7 +83,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Path:
     """`run_dir` if given, else a name that depends on the configuration only: no clock, so that a run can be found again.
 
-    Example: outputs/train-sudoku-bgpo-likelihood.num_samples=4-seed0
+    Example: outputs/train-sudoku-bgpo-likelihood.num_samples_4-seed0
     """
     if settings["run_dir"]:
         return Path(settings["run_dir"])
@@ -90,7 +91,8 @@ def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Pat
     choices = [group_choice(name) for name in names]
     skip = {*names, "seed", *FREE_KEYS}
     changed = [item for item in hydra_config.overrides.task if item.split("=")[0].lstrip("+~") not in skip]
-    suffix = ",".join(sorted(changed)).replace("/", "_")
+    # Only signs that need no quoting in a shell or in another command's `model.path=`.
+    suffix = re.sub(r"[^\w.-]+", "_", "-".join(sorted(changed)))
     if len(suffix) > 120:
         suffix = hashlib.sha256(suffix.encode()).hexdigest()[:12]
     parts = [command, *choices, *([suffix] if suffix else []), f"seed{settings['seed']}"]

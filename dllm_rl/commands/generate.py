@@ -52,7 +52,7 @@ def run(settings: Settings, config: DictConfig) -> None:
 
 
 def unmasking_order(policy: Policy, ids: list[int], order: list[int]) -> Text:
-    """Every token with the number of the step that wrote it, coloured from first to last; EOS filled in later is left out."""
+    """Every token with the step that wrote it, coloured from first to last, without the EOS filled in later."""
     last = max(order)
     text = Text()
     for token, step in zip(ids, order, strict=True):
@@ -72,7 +72,7 @@ def canvas(policy: Policy, ids: list[int], order: list[int], now: int) -> Text:
 
 def show(policy: Policy, token: int) -> str:
     """One token as visible text on one line."""
-    text = policy.tokenizer.decode([token])
+    text = str(policy.tokenizer.decode([token]))
     return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
 
 

@@ -105,7 +105,7 @@ class Policy:
         texts = []
         for row in ids.tolist():
             end = row.index(self.eos_id) if self.eos_id in row else len(row)
-            texts.append(self.tokenizer.decode(row[:end], skip_special_tokens=True))
+            texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
         return texts
 
     def save(self, folder: Path) -> None:

@@ -28,13 +28,16 @@ class TinyModel:
 
     path: str | None = None
     """A checkpoint folder, or a name on the hub. null: random weights."""
-    hidden_size: int = 96
+    hidden_size: int = 64
     num_layers: int = 3
     num_heads: int = 4
+    rope_theta: float = 100.0
+    """Base of the rotary embedding. Far below the usual 10,000, because the texts are far shorter."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "an integer >= 1")
+        check(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "a number > 1")
         valid = f"a multiple of 2 x model.num_heads={self.num_heads}"
         check(self.hidden_size % (2 * self.num_heads) == 0, "model.hidden_size", self.hidden_size, valid)
 
@@ -50,7 +53,7 @@ class TinyModel:
             num_hidden_layers=self.num_layers,
             num_attention_heads=self.num_heads,
             max_position_embeddings=4096,
-            initializer_range=self.hidden_size**-0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,

@@ -5,8 +5,9 @@ Example row of `task.data` (dllm-reasoning/d1, dataset/4x4_test_sudoku.csv, Apac
     Puzzle,Solution
     3102200002100320,3142243142131324
 
-The model reads the 16 cells row by row, 0 for a blank, and writes the 16 digits of a solution. Puzzles of that file can
-have several solutions, and every one of them is right. The split is by solution: of the 288 grids 200 are for training
+The model reads four rows of four cells, 0 for a blank, and writes the four rows of a solution. The line breaks tell a
+model with relative positions (rotary embeddings) which column a cell is in. Puzzles of that file can have several
+solutions, and every one of them is right. The split is by solution: of the 288 grids 200 are for training
 and 88 for the test. Generated puzzles have exactly one solution, so no answer to a test puzzle occurs in training.
 """
 
@@ -53,7 +54,7 @@ class Sudoku(Task):
     Example: `Sudoku(min_blanks=8, max_blanks=8, data="4x4_test.csv")`
     """
 
-    completion_length: int = 16
+    completion_length: int = 20
     min_blanks: int = 6
     max_blanks: int = 10
     train_size: int = 4096
@@ -85,8 +86,8 @@ class Sudoku(Task):
         return _generated_prompts(split, size, self.min_blanks, self.max_blanks, self.data)
 
     def score(self, prompt: Prompt, completion: str) -> Reward:
-        """1 for a solution; anything but exactly 16 digits (white space around them aside) counts as all wrong."""
-        answer = completion.strip()
+        """1 for a solution; anything but exactly 16 digits (white space aside) counts as all wrong."""
+        answer = "".join(completion.split())
         if not answer:
             return Reward(0.0, "no_answer", {"exact": 0.0, "cell": 0.0})
         puzzle = prompt.data["puzzle"]
@@ -98,7 +99,7 @@ class Sudoku(Task):
         rng = Random(f"sudoku demonstrations {seed}")
         draw = _puzzle_draw("train", self.min_blanks, self.max_blanks, _file_puzzles(self.data))
         puzzles = (drawn(draw, rng) for _ in range(count))
-        return [Demonstration(puzzle.text, self._written(puzzle, rng)) for puzzle in puzzles]
+        return [Demonstration(as_rows(puzzle.text) + "\n", as_rows(self._written(puzzle, rng))) for puzzle in puzzles]
 
     def _written(self, puzzle: Puzzle, rng: Random) -> str:
         kind = self.demonstrations_from
@@ -169,6 +170,11 @@ def cell_accuracy(puzzle: str, answer: str) -> float:
     return best / len(blanks)
 
 
+def as_rows(cells: str) -> str:
+    """Four lines of four cells; the prompt ends with a line break, so that a cell and its clue are 20 tokens apart."""
+    return "\n".join(cells[start : start + 4] for start in range(0, CELLS, 4))
+
+
 def blank_cells(puzzle: str) -> list[int]:
     """The cells to fill, in reading order."""
     return [cell for cell, clue in enumerate(puzzle) if clue == "0"]
@@ -217,11 +223,11 @@ def _file_prompts(data: str) -> tuple[Prompt, ...]:
 
 
 def _file_puzzles(data: str) -> frozenset[str]:
-    return frozenset(prompt.text for prompt in _file_prompts(data)) if data else frozenset()
+    return frozenset(prompt.data["puzzle"] for prompt in _file_prompts(data)) if data else frozenset()
 
 
 def _prompt(split: Split, index: int, puzzle: str) -> Prompt:
-    return Prompt(f"{split}/{index}", puzzle, {"puzzle": puzzle})
+    return Prompt(f"{split}/{index}", as_rows(puzzle) + "\n", {"puzzle": puzzle})
 
 
 def _checked(puzzle: object, place: str) -> str:
