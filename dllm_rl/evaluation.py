@@ -114,7 +114,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if set(values) <= {0.0, 1.0}:
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # At a mean of exactly 0 or 1 rounding would leave the end of the interval beside it.
+        return min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half))
     variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
     half = z * math.sqrt(variance / n)
     return mean - half, mean + half

@@ -125,7 +125,7 @@ def test_time_out_keeps_the_tests_passed_before() -> None:
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS does not limit memory")
 def test_memory_is_limited() -> None:
     assert "MemoryError" in run("data = bytearray(3 << 30)").error
-    assert run("data = [0] * (40 << 20)").status == "failed"
+    assert run("data = [0] * (80 << 20)").status == "failed"
     assert run("data = bytearray(64 << 20)\n" + RIGHT).status == "ok"
 
 

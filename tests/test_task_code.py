@@ -93,7 +93,7 @@ def right_program(prompt: str) -> str:
 
 
 def test_systematic_mistake_is_the_last_constant_plus_one_at_its_rate() -> None:
-    count, rate = 1500, 0.65
+    count, rate = 600, 0.65
     wrong = 0
     for prompt, completion in ProgramSynthesis().demonstrations(count, 3):
         right = right_program(prompt)
@@ -180,8 +180,8 @@ def test_bad_fields_are_named(field: str, bad: object) -> None:
 
 
 def test_impossible_sizes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"^task.test_size=100000: must be at most about"):
-        ProgramSynthesis(test_size=100_000, largest_constant=2).prompts("test")
+    with pytest.raises(UserError, match=r"^task.test_size=1500: must be at most about"):
+        ProgramSynthesis(test_size=1500, largest_constant=2).prompts("test")
 
 
 # MBPP
@@ -270,9 +270,9 @@ def test_reference_programs_of_the_real_file_score_one() -> None:
     task = MBPP(data=data_file())
     train, test = task.prompts("train"), task.prompts("test")
     assert (len(train), len(test)) == (374, 500)
-    prompts = [*train, *test]
+    prompts = [*train[::4], *test[::4]]
     rewards = task.score_batch(prompts, [fenced(prompt.data["code"]) for prompt in prompts])
-    assert Counter(reward.verdict for reward in rewards) == {"correct": 874}
+    assert Counter(reward.verdict for reward in rewards) == {"correct": len(prompts)}
     swapped = task.score_batch(test[:40], [fenced(prompt.data["code"]) for prompt in test[1:41]])
     assert sum(reward.value for reward in swapped) == 0
 

@@ -53,6 +53,7 @@ class TinyModel:
             num_hidden_layers=self.num_layers,
             num_attention_heads=self.num_heads,
             max_position_embeddings=4096,
+            initializer_range=self.hidden_size**-0.5,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,

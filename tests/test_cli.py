@@ -1,0 +1,204 @@
+"""The commands as a user runs them, from a folder that is not the repository.
+
+Most calls share this process, because importing torch and transformers takes seconds; what depends on the process itself
+(`python -m`, being killed) gets its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from dllm_rl.cli import main
+from dllm_rl.config import GROUPS
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL = ("model.hidden_size=16", "model.num_layers=1", "model.num_heads=2", "supervised.steps=4")
+SHORT = ("trainer.steps=2", "trainer.prompts_per_step=2", "trainer.group_size=2", "evaluation.num_prompts=4",
+         "likelihood.num_samples=2")
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def dllm(folder: Path, *arguments: str) -> Result:
+    """`dllm-rl ARGUMENTS` in `folder`."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["dllm-rl", *arguments])
+        patch.setenv("COLUMNS", "200")
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def good(folder: Path, *arguments: str) -> str:
+    done = dllm(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def module(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m dllm_rl.NAME ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", f"dllm_rl.{name}", *arguments], cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of `dllm-rl sft` with a network that knows nothing."""
+    folder = tmp_path_factory.mktemp("sft")
+    good(folder, "sft", "task=sudoku", *SMALL, "run_dir=start")
+    return folder / "start"
+
+
+def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
+    text = good(tmp_path, "--help")
+    assert all(command in text for command in ("sft", "train", "evaluate", "generate"))
+    text = good(tmp_path, "train", "--help")
+    for line in ("algorithm: bgpo", "likelihood: elbo", "sampler: low_confidence",
+                 "task: countdown, gsm8k, mbpp, program_synthesis, sudoku, word_problems", "num_samples: 16"):
+        assert line in text
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["train", "task=chess"], ["task/chess", "countdown", "sudoku"]),
+    (["train", "trainer.stepz=3"], ["trainer.stepz", "steps", "group_size"]),
+    (["train", "stepz=3"], ["stepz", "trainer", "seed"]),
+    (["train", "likelihood.num_samples=0"], ["likelihood.num_samples=0", ">= 1"]),
+    (["train", "likelihood.num_samples=many"], ["likelihood.num_samples", "many", "Integer"]),
+    (["train", "likelihood.region=prompt"], ["likelihood.region=prompt", "canvas", "through_first_eos"]),
+    (["train", "trainer.group_size=1"], ["trainer.group_size=1", ">= 2"]),
+    (["train", "seed=-1"], ["seed=-1", "from 0 to"]),
+    (["train"], ["model.path", "sft"]),
+    (["train", "model.path=nowhere"], ["model.path=nowhere", "model.safetensors"]),
+    (["train", "model.path=empty"], ["model.path=empty", "no config.json", "no model.safetensors", "no tokenizer.json"]),
+    (["evaluate", "model.path=empty/.."], ["has no"]),
+    (["train", "model.path=x", "sampler.block_length=3"], ["sampler.block_length=3", "divisor", "20"]),
+    (["train", "model.path=x", "resume=maybe"], ["resume=maybe", "never", "auto", "overwrite"]),
+    (["train", "task=gsm8k", "task.data=missing.jsonl", "model.path=x"], ["task.data=missing.jsonl", "No such file"]),
+    (["sft", "task=gsm8k", "task.data=rows.jsonl"], ["rows.jsonl:2", "`question`"]),
+    (["sft", "task=gsm8k", "task.data=broken.jsonl"], ["broken.jsonl:1", "not JSON"]),
+    (["fly"], ["fly", "train"]),
+])
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"answer": "#### 2"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": \n')
+    before = sorted(tmp_path.rglob("*"))
+    done = dllm(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_writes_a_run_folder(tmp_path: Path, start: Path) -> None:
+    text = good(tmp_path, "train", "task=sudoku", f"model.path={start}", *SHORT)
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert run.name.startswith("train-sudoku-bgpo-") and run.name.endswith("-seed0")
+    assert text.count("reward 0") >= 2 and "step    2/2" in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["likelihood"]["num_samples"] == 2 and config["trainer"]["inner_updates"] == 1
+    assert {"torch", "transformers", "python"} <= json.loads((run / "versions.json").read_text()).keys()
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2]
+    assert len((run / "rollouts.jsonl").read_text().splitlines()) == 8
+    assert (run / "checkpoints" / "step-000002" / "manifest.json").is_file()
+    assert (run / "plots" / "reward.png").is_file()
+    assert not list(tmp_path.glob("*.log")) and not (tmp_path / ".hydra").exists()
+
+    done = dllm(tmp_path, "train", "task=sudoku", f"model.path={start}", *SHORT)
+    assert done.returncode == 2 and "already holds a run" in done.stderr and done.stderr.count("\n") == 1
+
+    # A finished run goes on when it is given more steps; another configuration is refused.
+    longer = [*SHORT[1:], "trainer.steps=3", f"run_dir={run}", "resume=auto"]
+    assert "continuing after step 2" in good(tmp_path, "train", "task=sudoku", f"model.path={start}", *longer)
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [1, 2, 3]
+    done = dllm(tmp_path, "train", "task=sudoku", f"model.path={start}", *longer, "sampler.temperature=0.5")
+    assert done.returncode == 2 and "sampler.temperature was 1.0 and is 0.5" in done.stderr
+
+
+def test_module_and_command_are_the_same(tmp_path: Path, start: Path) -> None:
+    arguments = ("task=sudoku", f"model.path={start}", *SHORT)
+    good(tmp_path, "train", *arguments, "run_dir=a")
+    done = module(tmp_path, "commands.train", *arguments, "run_dir=b")
+    assert done.returncode == 0, done.stderr
+    a, b = ((tmp_path / name / "rollouts.jsonl").read_text() for name in ("a", "b"))
+    assert a == b
+
+
+def test_sweep_runs_every_combination(tmp_path: Path, start: Path) -> None:
+    good(tmp_path, "train", "-m", "task=sudoku", f"model.path={start}", *SHORT[:4], "likelihood.num_samples=1,4", "seed=0,1")
+    runs = [path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]
+    assert len(runs) == 4
+    assert {yaml.safe_load((run / "config.yaml").read_text())["likelihood"]["num_samples"] for run in runs} == {1, 4}
+    assert sum(run.name.endswith("seed1") for run in runs) == 2
+
+
+def test_evaluate_writes_results(tmp_path: Path, start: Path) -> None:
+    good(tmp_path, "evaluate", "task=sudoku", f"model.path={start}", "evaluation.num_prompts=6", "run_dir=e")
+    result = json.loads((tmp_path / "e" / "results.json").read_text())["sudoku"]
+    assert result["metric"] == "greedy/reward" and result["n"] == 6
+    assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
+    assert {row["metric"] for row in result["metrics"]} >= {"sampled/reward", "greedy/cell"}
+    assert len((tmp_path / "e" / "answers.jsonl").read_text().splitlines()) == 12
+
+
+def test_generate_shows_the_order(tmp_path: Path, start: Path) -> None:
+    text = good(tmp_path, "generate", "task=sudoku", f"model.path={start}", "count=1", "watch=true", "sampler.denoising_steps=5")
+    assert "step    5" in text and "order" in text
+    # The last watched canvas has no dot left; the first has 16 of 20.
+    canvases = [line for line in text.splitlines() if line.startswith("step ")]
+    assert canvases[0].count("·") == 16 and "·" not in canvases[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_continues(tmp_path: Path, start: Path) -> None:
+    """SIGKILL at some step; the continued run ends with the weights of one that was never killed."""
+    arguments = ("task=sudoku", f"model.path={start}", *SHORT[1:], "trainer.steps=6", "trainer.save_every=1",
+                 "trainer.eval_every=0", "optimizer.lr=1e-2")
+    good(tmp_path, "train", *arguments, "run_dir=whole")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dllm_rl.cli", "train", *arguments, "run_dir=killed"], cwd=tmp_path,
+        stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/checkpoints/step-000002/manifest.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    good(tmp_path, "train", *arguments, "run_dir=killed", "resume=auto")
+    whole, killed = ((tmp_path / name / "checkpoints/step-000006/model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+    rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "killed")]
+    assert rollouts[0] == rollouts[1]
+
+
+def test_a_mistake_ends_the_process_with_code_2(tmp_path: Path) -> None:
+    done = module(tmp_path, "cli", "train", "likelihood.num_samples=0")
+    assert (done.returncode, done.stderr) == (2, "error: likelihood.num_samples=0: must be an integer >= 1\n")
+
+
+def test_every_task_composes(tmp_path: Path) -> None:
+    for task in GROUPS["task"]:
+        text = good(tmp_path, "sft", f"task={task}", "--cfg", "job")
+        assert "completion_length" in yaml.safe_load(text)["task"]
