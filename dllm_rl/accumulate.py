@@ -118,4 +118,5 @@ def _chunks(
 
 
 def _empty_scores(like: Tensor, num_sequences: int, num_samples: int) -> Scores:
-    return Scores(like.new_zeros(num_sequences, num_samples, like.shape[-1]), like.new_zeros(num_sequences, num_samples))
+    logps = like.new_zeros(num_sequences, num_samples, like.shape[-1])
+    return Scores(logps, torch.zeros(num_sequences, num_samples, dtype=torch.float64, device=like.device))

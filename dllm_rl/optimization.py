@@ -21,8 +21,8 @@ class OptimizerConfig:
     lr: float = 2e-4
     """Peak learning rate. 2e-4 suits the tiny model; the BGPO paper uses 5e-7 for LLaDA-8B."""
     warmup_steps: int = 10
-    schedule: str = "constant_with_warmup"
-    """constant_with_warmup, cosine or linear (both fall to 0 at the last step)."""
+    schedule: str = "linear"
+    """linear or cosine (both fall to 0 at the last step), or constant_with_warmup."""
     beta2: float = 0.98
     """Decay of the squared gradient; beta1 is 0.9."""
     weight_decay: float = 0.01

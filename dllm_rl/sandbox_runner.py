@@ -100,6 +100,7 @@ def main() -> None:
     limits = batch["limits"]
     waiting = list(enumerate(batch["programs"]))[::-1]
     adopts = _adopt_orphans()
+    _warm_up()
     gc.freeze()  # children then share these pages instead of copying them
     selector = selectors.DefaultSelector()
     running: list[Child] = []
@@ -118,6 +119,12 @@ def main() -> None:
                 if adopts:
                     _kill_orphans({other.pid for other in running})
                 _write(child.report(ending, limits["output_bytes"]))
+
+
+def _warm_up() -> None:
+    """Runs a program of our own: what the interpreter prepares at first use, children inherit; it saves a third."""
+    send = _sender(nonce="", write=lambda _, line: len(line))
+    _perform("def f(x):\n    return x", [{"expression": "f(x)", "arguments": {"x": [1]}}], send)
 
 
 def _write(report: dict[str, Any]) -> None:
@@ -175,9 +182,9 @@ def _start(index: int, program: dict[str, Any], limits: dict[str, Any]) -> Child
 # What follows runs in the child.
 
 
-def _sender(nonce: str) -> Send:
+def _sender(nonce: str, write: Callable[[int, bytes], int] = os.write) -> Send:
     """Writes one record; the closure is the only place of the child that holds the nonce on purpose."""
-    write, dumps = os.write, json.dumps
+    dumps = json.dumps
 
     def send(index: int, record: dict[str, Any]) -> None:
         line = f"{nonce}{index} {dumps(record)}\n".encode()

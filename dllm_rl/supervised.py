@@ -27,7 +27,7 @@ from dllm_rl.types import Completions
 class SupervisedConfig:
     """The size and rhythm of a fine-tuning run."""
 
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 64
     log_every: int = 50
     save_every: int = 500

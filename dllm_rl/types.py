@@ -77,4 +77,4 @@ class Corruption(_Rows):
     scored: Tensor
     """[B, L] bool: positions whose log-probability counts."""
     weight: Tensor
-    """[B] float32. ELBO term l_j = weight x sum of the log-probabilities at scored positions, in nats."""
+    """[B] float64. ELBO term l_j = weight x sum of the log-probabilities at scored positions, in nats."""

@@ -164,7 +164,8 @@ def test_evaluate_writes_results(tmp_path: Path, start: Path) -> None:
 
 
 def test_generate_shows_the_order(tmp_path: Path, start: Path) -> None:
-    text = good(tmp_path, "generate", "task=sudoku", f"model.path={start}", "count=1", "watch=true", "sampler.denoising_steps=5")
+    settings = ("count=1", "watch=true", "sampler.denoising_steps=5")
+    text = good(tmp_path, "generate", "task=sudoku", f"model.path={start}", *settings)
     assert "step    5" in text and "order" in text
     # The last watched canvas has no dot left; the first has 16 of 20.
     canvases = [line for line in text.splitlines() if line.startswith("step ")]
@@ -187,8 +188,8 @@ def test_a_killed_run_continues(tmp_path: Path, start: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     good(tmp_path, "train", *arguments, "run_dir=killed", "resume=auto")
-    whole, killed = ((tmp_path / name / "checkpoints/step-000006/model.safetensors").read_bytes() for name in ("whole", "killed"))
-    assert whole == killed
+    final = "checkpoints/step-000006/model.safetensors"
+    assert (tmp_path / "whole" / final).read_bytes() == (tmp_path / "killed" / final).read_bytes()
     rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "killed")]
     assert rollouts[0] == rollouts[1]
 

@@ -22,7 +22,7 @@ from dllm_rl.optimization import Optimizer, OptimizerConfig
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
 from dllm_rl.tracking import RunFolder
-from dllm_rl.trainer import Training, TrainerConfig, train
+from dllm_rl.trainer import TrainerConfig, Training, train
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Letters(Task):
         return [Prompt(f"{split}/{index}", "q" * (1 + index % 3)) for index in range(8)]
 
     def score(self, prompt: Prompt, completion: str) -> Reward:
+        del prompt
         value = sum("a" <= sign <= "z" for sign in completion) / 4 if self.constant is None else self.constant
         return Reward(value, "correct" if value == 1 else "wrong")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import torch
 from accelerate import Accelerator
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -105,12 +106,12 @@ def group_choice(group: str) -> str:
 
 
 def accelerator_for_one_process() -> Accelerator:
-    """The accelerator, which picks the device.
+    """The accelerator: a CUDA device if there is one, else the CPU (random keys need 64-bit floats, which MPS has not).
 
     Raises:
         UserError: the launcher started several processes.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.num_processes > 1:
         raise bad_value("num_processes", accelerator.num_processes, "1, the only number this version supports")
     return accelerator

@@ -84,8 +84,8 @@ class StratifiedCounts:
 
         draw_key = make_key(seed, Purpose.CORRUPT, step, completions.sample_ids, sample + 1, device=ids.device)
         scored = random_subset(region, count, uniform(draw_key, ids.shape[1]))
-        weight = length / count / (ids.shape[1] if self.length_norm == "canvas" else 1)
-        return Corruption(ids.masked_fill(scored | ~region, mask_id), scored, weight.float())
+        weight = length.double() / count / (ids.shape[1] if self.length_norm == "canvas" else 1)
+        return Corruption(ids.masked_fill(scored | ~region, mask_id), scored, weight)
 
 
 def random_subset(region: Tensor, count: Tensor, noise: Tensor) -> Tensor:

@@ -41,5 +41,5 @@ def token_logps(policy: Denoiser, completions: Completions, corruption: Corrupti
 
 
 def elbo_terms(logps: Tensor, weights: Tensor) -> Tensor:
-    """l_j = weight_j x sum over positions: [B, N, L] and [B, N] -> [B, N]."""
+    """l_j = weight_j x sum over positions: [B, N, L] and float64 [B, N] -> float64 [B, N]."""
     return weights * logps.sum(-1)

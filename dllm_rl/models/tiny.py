@@ -28,7 +28,7 @@ class TinyModel:
 
     path: str | None = None
     """A checkpoint folder, or a name on the hub. null: random weights."""
-    hidden_size: int = 64
+    hidden_size: int = 96
     num_layers: int = 3
     num_heads: int = 4
     rope_theta: float = 100.0

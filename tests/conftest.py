@@ -1,0 +1,46 @@
+"""Shared set-up: one thread, no hub, no progress bars; a tiny random policy and random completions."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from dllm_rl.models.policy import Policy
+from dllm_rl.models.tiny import TinyModel
+from dllm_rl.types import Completions
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+def make_policy(dtype: torch.dtype = torch.float64, seed: int = 0) -> Policy:
+    policy = TinyModel(hidden_size=16, num_layers=2, num_heads=2).build([], seed=seed)
+    policy.network.to(dtype)
+    return policy
+
+
+def make_completions(policy: Policy, batch: int = 6, length: int = 8, seed: int = 0) -> Completions:
+    """Random completions, with EOS tails of different lengths, of prompts of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = policy.encode_prompts(["q" * (1 + row % 4) for row in range(batch)], torch.arange(batch) + 100)
+    ids = torch.randint(10, 80, (batch, length), generator=generator)
+    for row in range(batch):
+        ids[row, length - row % 4 :] = policy.eos_id
+    return Completions(prompts.ids, prompts.mask, prompts.sample_ids, ids, torch.zeros_like(ids))
+
+
+@pytest.fixture
+def policy() -> Policy:
+    """A float64 policy: rounding does not hide mistakes."""
+    return make_policy()
+
+
+@pytest.fixture
+def completions(policy: Policy) -> Completions:
+    return make_completions(policy)

@@ -1,0 +1,108 @@
+"""BGPO against the formulas of the paper (arXiv 2510.11683): bound, equality on-policy, limits, and safety."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dllm_rl.errors import UserError
+from dllm_rl.objectives.base import LossInputs
+from dllm_rl.objectives.bgpo import BGPO, bgpo_terms
+
+INF = math.inf
+
+
+def inputs(delta: Tensor, advantages: Tensor) -> LossInputs:
+    """Log-probabilities whose ELBO terms differ from the old ones by `delta` [B, n]: one position, weight 2."""
+    old = torch.zeros(*delta.shape, 1, dtype=delta.dtype)
+    weights = torch.full(delta.shape, 2.0, dtype=delta.dtype)
+    return LossInputs((delta / 2).unsqueeze(-1), old, weights, advantages, num_terms=delta.numel())
+
+
+def test_numbers_by_hand() -> None:
+    delta = torch.tensor([[0.5, -1.0], [math.log(2.0), 0.0]], dtype=torch.float64)
+    advantages = torch.tensor([2.0, -3.0], dtype=torch.float64)
+    # First row: 2 (1 + 0.5) + 2 (1 - 1) = 3. Second row: -3 * 2 - 3 * 1 = -9. Loss: -(3 - 9) / 4.
+    assert BGPO().loss(inputs(delta, advantages)).loss.item() == pytest.approx(1.5, abs=1e-12)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.floats(-5, 5), st.lists(st.floats(-300, 300), min_size=1, max_size=16))
+def test_the_bound_holds(advantage: float, values: list[float]) -> None:
+    delta = torch.tensor([values], dtype=torch.float64)
+    bound = bgpo_terms(delta, torch.tensor([[advantage]], dtype=torch.float64), INF).mean()
+    exact = advantage * delta.mean().exp()
+    assert bound <= exact + 1e-12 * max(1.0, abs(bound), abs(exact))
+
+
+def test_the_bound_holds_below_max_delta_with_the_default() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 16):
+        delta = (torch.rand(20_000, n, generator=generator, dtype=torch.float64) - 0.5) * 40
+        advantage = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
+        bound = bgpo_terms(delta, advantage, BGPO().max_delta).mean(1)
+        exact = advantage.squeeze(1) * delta.mean(1).exp()
+        assert (bound <= exact + 1e-9 * exact.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("advantage", [1.7, 0.0, -0.6])
+def test_value_and_gradient_are_exact_on_policy(advantage: float) -> None:
+    delta = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    bound = bgpo_terms(delta, torch.tensor([[advantage]], dtype=torch.float64), 20.0).mean()
+    exact = advantage * delta.mean().exp()
+    assert bound.item() == exact.item() == advantage
+    ours, theirs = (torch.autograd.grad(value, delta)[0] for value in (bound, exact))
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("delta", [-3.0, 0.4, 7.0])
+def test_one_sample_with_negative_advantage_is_tight(delta: float) -> None:
+    bound = bgpo_terms(torch.tensor([[delta]], dtype=torch.float64), torch.tensor([[-2.0]], dtype=torch.float64), INF)
+    assert bound.item() == pytest.approx(-2 * math.exp(delta), rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("advantage", [1.5, -1.5, 0.0])
+def test_loss_and_gradient_are_finite_for_any_delta(dtype: torch.dtype, advantage: float) -> None:
+    values = [-1e4, -1e3, -88.0, -20.0, -1.0, 0.0, 1.0, 20.0, 88.0, 1e3, 1e4]
+    delta = torch.tensor([values], dtype=dtype, requires_grad=True)
+    output = BGPO().loss(inputs(delta, torch.tensor([advantage], dtype=dtype)))
+    output.loss.backward()
+    assert output.loss.isfinite() and delta.grad is not None and delta.grad.isfinite().all()
+
+
+def test_an_overflow_in_one_row_does_not_reach_another() -> None:
+    """exp of the first row overflows if it is evaluated although its advantage is positive."""
+    delta = torch.tensor([[1e4, 1e4], [0.1, -0.1]], requires_grad=True)
+    BGPO(max_delta=INF).loss(inputs(delta, torch.tensor([1.0, -1.0]))).loss.backward()
+    assert delta.grad is not None
+    torch.testing.assert_close(delta.grad[0], torch.tensor([-0.25, -0.25]))
+    torch.testing.assert_close(delta.grad[1], torch.tensor([0.1, -0.1]).exp() / 4)
+
+
+def test_the_tangent_continues_value_and_slope() -> None:
+    advantage, limit, step = torch.tensor([[-1.0]], dtype=torch.float64), 3.0, 1e-6
+
+    def value(x: float) -> float:
+        return bgpo_terms(torch.tensor([[x]], dtype=torch.float64), advantage, limit).item()
+
+    assert value(limit + 2) == pytest.approx(-math.exp(limit) * 3, rel=1e-12)
+    left, right = (value(limit) - value(limit - step)) / step, (value(limit + step) - value(limit)) / step
+    assert left == pytest.approx(right, rel=1e-5) == pytest.approx(-math.exp(limit), rel=1e-5)
+
+
+def test_lost_bounds_are_counted() -> None:
+    delta = torch.tensor([[25.0, 5.0], [25.0, 30.0], [21.0, -50.0]])
+    # Only negative advantages use the exponential: rows two and three have three samples above 20 out of six in all.
+    metrics = BGPO().loss(inputs(delta, torch.tensor([1.0, -1.0, -1.0]))).metrics
+    assert metrics["delta/above_max"].item() == pytest.approx(3 / 6)
+
+
+def test_max_delta_must_be_positive() -> None:
+    with pytest.raises(UserError, match=r"objective\.max_delta=0"):
+        BGPO(max_delta=0)
