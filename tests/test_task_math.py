@@ -17,7 +17,7 @@ from dllm_rl.models.tiny import build_tokenizer
 from dllm_rl.task import Prompt
 from dllm_rl.tasks.math.gsm8k import GSM8K
 from dllm_rl.tasks.math.numbers import final_answer, last_boxed, last_number
-from dllm_rl.tasks.math.word_problems import MINUS_VERBS, PLUS_VERBS, WordProblems
+from dllm_rl.tasks.math.word_problems import MAX_NUMBER, MINUS_VERBS, PLUS_VERBS, WordProblems
 
 DATA = Path(os.environ.get("DLLM_RL_DATA", Path(__file__).parents[1] / "../shared/data")) / "gsm8k"
 HOSTILE = "".join(("0123456789.,/-−+$%{}\\ #=", "boxed\n", "３٣³\x00\ud800"))
@@ -131,7 +131,8 @@ def test_systematic_mistake_reads_loss_as_gain() -> None:
         losses += 1
         mistakes += completion == f" {a} + {b} = {a + b}"
         assert completion in (f" {a} + {b} = {a + b}", f" {a} - {b} = {a - b}")
-    assert abs(losses - 2000) < 4 * 1000**0.5
+    # Two in three; the variance is 4000 x 2/9.
+    assert abs(losses - 8000 / 3) < 4 * (8000 / 9) ** 0.5
     assert abs(mistakes - 0.65 * losses) < 4 * (losses * 0.65 * 0.35) ** 0.5
 
 
@@ -142,10 +143,10 @@ def test_noisy_mistake_writes_a_random_result() -> None:
         sign = "+" if verb in PLUS_VERBS else "-"
         equation, value = completion.split(" = ")
         assert equation == f" {first} {sign} {second}"
-        assert 0 <= int(value) <= 40
+        assert 0 <= int(value) <= 2 * MAX_NUMBER
         wrong += int(value) != int(first) + int(sign + second)
-    # One of the 41 results is the right one.
-    rate = 0.65 * 40 / 41
+    # One of the 2 x MAX_NUMBER + 1 results is the right one.
+    rate = 0.65 * (2 * MAX_NUMBER) / (2 * MAX_NUMBER + 1)
     assert abs(wrong - 4000 * rate) < 4 * (4000 * rate * (1 - rate)) ** 0.5
 
 

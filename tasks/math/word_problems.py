@@ -25,7 +25,7 @@ NAMES = ("Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe")
 THINGS = ("apples", "cookies", "eggs", "figs", "nuts", "pears", "plums", "rolls")
 PLUS_VERBS = ("finds", "buys", "gets", "wins", "picks")
 MINUS_VERBS = ("loses", "eats", "gives", "sells", "drops")
-MAX_NUMBER = 20
+MAX_NUMBER = 10
 MISTAKE_RATES: Mapping[str, float] = {"systematic": 0.65, "noisy": 0.65, "clean": 0.0}
 
 
