@@ -134,6 +134,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         self._progress.console.print(text, markup=False)
+        self._progress.console.file.flush()  # a log file shows each line at once
 
     def advance(self) -> None:
         self._progress.advance(self._task)
