@@ -66,7 +66,7 @@ def clock() -> float:
 def show(tasks: dict[str, Any]) -> None:
     def cell(task: dict[str, Any], when: str, mode: str) -> str:
         low, high = task["intervals"][when][mode]
-        return f"{task[when][mode]:.2f} [{low:.2f}, {high:.2f}]"
+        return f"{task[when][mode]:.2f} [{low:.2f},{high:.2f}]".replace("0.", ".")
 
     table(
         ("task", "greedy before", "greedy after", "sampled before", "sampled after"),

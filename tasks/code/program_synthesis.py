@@ -92,7 +92,7 @@ class ProgramSynthesis(Task):
     completion_length: int = 9
     train_size: int = 4096
     test_size: int = 256
-    largest_constant: int = 9
+    largest_constant: int = 5
     """Constants are drawn from 1 to this one."""
     timeout_seconds: float = 2.0
     """Wall clock per completion."""
