@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
 from dllm_rl.config import register
 from dllm_rl.errors import UserError, bad_value
-from dllm_rl.tracking import FREE_KEYS
+from dllm_rl.models.policy import Policy
+from dllm_rl.optimization import Optimizer
+from dllm_rl.tracking import FREE_KEYS, RunFolder
 
 Settings = dict[str, Any]
 
@@ -115,6 +119,54 @@ def accelerator_for_one_process() -> Accelerator:
     if accelerator.num_processes > 1:
         raise bad_value("num_processes", accelerator.num_processes, "1, the only number this version supports")
     return accelerator
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a training command starts or continues with."""
+
+    policy: Policy
+    accelerator: Accelerator
+    optimizer: Optimizer
+    folder: RunFolder
+    done: int
+    """Steps that an earlier process of the same run has done."""
+
+
+def prepare(settings: Settings, config: DictConfig, path: Path, total_steps: int) -> Prepared:
+    """Loads or makes the model, restores the last complete checkpoint of the run if `resume=auto`, opens the run folder.
+
+    Call it after everything that may refuse the configuration: from here on there are files.
+    """
+    checkpoint = latest_checkpoint(path) if settings["resume"] == "auto" else None
+    policy = build_policy(settings, checkpoint)
+    accelerator = accelerator_for_one_process()
+    policy.network = accelerator.prepare(policy.network)
+    optimizer = Optimizer(settings["optimizer"], policy.network.parameters(), total_steps)
+    done = 0
+    if checkpoint:
+        state = load_state(checkpoint)
+        optimizer.load_state_dict(state)
+        done = state["step"]
+    folder = RunFolder.open(path, plain(config), from_step=done)
+    print(f"run folder: {path}" + (f" (continuing after step {done})" if done else ""), flush=True)
+    return Prepared(policy, accelerator, optimizer, folder, done)
+
+
+def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:
+    """The policy at `checkpoint`, else at `model.path`, else with random weights."""
+    model = settings["model"]
+    if checkpoint or model.path:
+        model = replace(model, path=str(checkpoint or resolve_model_path(model.path)))
+    policy: Policy = model.build(settings["task"].words, settings["seed"])
+    return policy
+
+
+def require_model_path(settings: Settings) -> str:
+    path: str | None = settings["model"].path
+    if not path:
+        raise bad_value("model.path", path, "a run folder (dllm-rl sft makes one), a checkpoint folder or a hub name")
+    return path
 
 
 def check_seed(seed: Any) -> int:

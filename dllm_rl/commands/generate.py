@@ -11,9 +11,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.text import Text
 
-from dllm_rl.checkpoint import resolve_model_path
-from dllm_rl.commands.common import Settings, accelerator_for_one_process, check_seed, launch
-from dllm_rl.errors import bad_value, check
+from dllm_rl.commands import common
+from dllm_rl.errors import check
 from dllm_rl.models.policy import Policy
 
 # From the first token written to the last: colours of the 256-colour terminal palette, cold to hot.
@@ -21,34 +20,37 @@ SCALE = (21, 27, 33, 39, 45, 49, 46, 118, 190, 226, 214, 208, 202, 196)
 HIDDEN = "·"
 
 
-def run(settings: Settings, config: DictConfig) -> None:
+def run(settings: common.Settings, config: DictConfig) -> None:
     del config
-    seed, model, task, sampler = check_seed(settings["seed"]), settings["model"], settings["task"], settings["sampler"]
-    if not model.path:
-        raise bad_value("model.path", model.path, "a checkpoint folder, run folder or hub name")
+    seed, task, sampler = common.check_seed(settings["seed"]), settings["task"], settings["sampler"]
+    common.require_model_path(settings)
     check(isinstance(settings["count"], int) and settings["count"] >= 1, "count", settings["count"], "an integer >= 1")
     sampler.plan(task.completion_length)
     if settings["prompt"] is None:
         prompts = [prompt.text for prompt in task.prompts("test")[: settings["count"]]]
     else:
         prompts = [str(settings["prompt"])] * settings["count"]
-    model.path = resolve_model_path(model.path)
-    policy = model.build(task.words, seed)
-    policy.network.to(accelerator_for_one_process().device)
+    policy = common.build_policy(settings)
+    policy.network.to(common.accelerator_for_one_process().device)
     batch = policy.encode_prompts(prompts, torch.arange(len(prompts)))
     completions = sampler.sample(policy, batch, task.completion_length, seed=seed, step=0)
     console = Console(highlight=False)
     for prompt, text, ids, order in zip(
         prompts, policy.decode(completions.ids), completions.ids.tolist(), completions.unmask_step.tolist(), strict=True
     ):
-        console.print(Text(f"prompt      {prompt}", style="bold"))
-        console.print(Text(f"completion  {text}"))
+        console.print(Text("prompt      " + indented(prompt), style="bold"))
+        console.print(Text("completion  " + indented(text)))
         if settings["watch"]:
             for now in range(max(order) + 1):
                 console.print(Text(f"step {now + 1:>4}   ") + canvas(policy, ids, order, now))
         console.print(Text("order       ") + unmasking_order(policy, ids, order))
         console.print()
     console.print(legend())
+
+
+def indented(text: str) -> str:
+    """Further lines start below the first one, after the 12 characters of a label."""
+    return text.rstrip("\n").replace("\n", "\n" + " " * 12)
 
 
 def unmasking_order(policy: Policy, ids: list[int], order: list[int]) -> Text:
@@ -88,7 +90,7 @@ def legend() -> Text:
 
 
 def main() -> None:
-    launch("generate", run)
+    common.launch("generate", run)
 
 
 if __name__ == "__main__":

@@ -7,49 +7,26 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
-from dllm_rl.commands.common import (
-    Settings,
-    accelerator_for_one_process,
-    check_seed,
-    group_choice,
-    launch,
-    plain,
-    run_directory,
-)
-from dllm_rl.optimization import Optimizer
+from dllm_rl.commands import common
 from dllm_rl.supervised import FineTuning, finetune
 from dllm_rl.tracking import RunFolder
 
 
-def run(settings: Settings, config: DictConfig) -> None:
-    seed, model, task, supervised = check_seed(settings["seed"]), settings["model"], settings["task"], settings["supervised"]
-    path = run_directory("sft", settings, ("task", "model"))
-    RunFolder.claim(path, settings["resume"], plain(config))
-    task.demonstrations(1, seed)
+def run(settings: common.Settings, config: DictConfig) -> None:
+    seed, task, supervised = common.check_seed(settings["seed"]), settings["task"], settings["supervised"]
+    path = common.run_directory("sft", settings, ("task", "model"))
+    RunFolder.claim(path, settings["resume"], common.plain(config))
+    task.demonstrations(1, seed)  # bad data end the run before there is a folder
 
-    checkpoint = latest_checkpoint(path) if settings["resume"] == "auto" else None
-    if checkpoint:
-        model.path = str(checkpoint)
-    elif model.path:
-        model.path = resolve_model_path(model.path)
-    policy = model.build(task.words, seed)
-    accelerator = accelerator_for_one_process()
-    policy.network = accelerator.prepare(policy.network)
-    optimizer = Optimizer(settings["optimizer"], policy.network.parameters(), supervised.steps)
-    done = 0
-    if checkpoint:
-        state = load_state(checkpoint)
-        optimizer.load_state_dict(state)
-        done = state["step"]
-    folder = RunFolder.open(path, plain(config), from_step=done)
-    print(f"run folder: {path}" + (f" (continuing after step {done})" if done else ""))
-    finetune(FineTuning(policy, task, optimizer, supervised, accelerator, folder, seed, done))
-    print(f"next: dllm-rl train task={group_choice('task')} model.path={path}")
+    start = common.prepare(settings, config, path, supervised.steps)
+    finetune(FineTuning(
+        start.policy, task, start.optimizer, supervised, start.accelerator, start.folder, seed, start.done
+    ))
+    print(f"next: dllm-rl train task={common.group_choice('task')} model.path={path}")
 
 
 def main() -> None:
-    launch("sft", run)
+    common.launch("sft", run)
 
 
 if __name__ == "__main__":
