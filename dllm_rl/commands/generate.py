@@ -18,6 +18,7 @@ from dllm_rl.models.policy import Policy
 # From the first token written to the last: colours of the 256-colour terminal palette, cold to hot.
 SCALE = (21, 27, 33, 39, 45, 49, 46, 118, 190, 226, 214, 208, 202, 196)
 HIDDEN = "·"
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
@@ -59,7 +60,8 @@ def unmasking_order(policy: Policy, ids: list[int], order: list[int]) -> Text:
     text = Text()
     for token, step in zip(ids, order, strict=True):
         if step >= 0:
-            text.append(show(policy, token), style=colour(step, last)).append(f"{step + 1} ", style="dim")
+            number = str(step + 1).translate(SUBSCRIPTS)
+            text.append(show(policy, token), style=colour(step, last)).append(f"{number} ", style="dim")
     return text
 
 
