@@ -49,13 +49,11 @@ def check_update(metrics: dict[str, Any]) -> None:
     assert 0 < metrics["reward/mean"] < 1
 
 
-@pytest.mark.heavy
 def test_one_update_on_gsm8k(tmp_path: Path) -> None:
     rows = shortest(real_rows("gsm8k/train.jsonl"), lambda row: len(row["answer"]))
-    check_update(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=150))
+    check_update(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=80))
 
 
-@pytest.mark.heavy
 def test_one_update_on_mbpp(tmp_path: Path) -> None:
     train = [row for row in real_rows("mbpp/mbpp.jsonl") if 601 <= row["task_id"] <= 974]
     rows = shortest(train, lambda row: len(row["code"]))
