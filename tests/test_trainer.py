@@ -59,7 +59,8 @@ def training(folder: Path, steps: int, *, policy: Policy | None = None, task: Ta
     policy = policy or tiny()
     settings = {"prompts_per_step": 4, "group_size": 8, "save_every": 2, "eval_every": 0, "keep": 10, **config}
     trainer = TrainerConfig(steps=steps, **settings)
-    optimizer = Optimizer(OptimizerConfig(lr=3e-3, warmup_steps=2), policy.network.parameters(), steps)
+    total = steps * trainer.inner_updates
+    optimizer = Optimizer(OptimizerConfig(lr=3e-3, warmup_steps=2), policy.network.parameters(), total)
     return Training(
         policy=policy, task=task or Letters(), sampler=LowConfidence(), likelihood=StratifiedCounts(num_samples=2),
         objective=BGPO(), optimizer=optimizer, config=trainer, evaluation=EvaluationConfig(num_prompts=4),
