@@ -24,6 +24,7 @@ commands:
 
 
 def main() -> None:
+    """Entry point of `dllm-rl`. Only the chosen command is imported, so `dllm-rl --help` is quick."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(USAGE)
         return

@@ -41,6 +41,7 @@ class Experience:
         return torch.tensor([reward.verdict != "infra_error" for reward in self.rewards])
 
     def metrics(self) -> dict[str, float]:
+        """The `reward/` and `rollout/` figures of metrics.jsonl; rewards are over the completions that could be graded."""
         values, valid = self.values, self.valid
         kept = values[valid]
         groups = self.advantages.view(-1, self.group_size)

@@ -4,7 +4,7 @@ Both run on the same network, tensors, masks and micro-batches, in turn in one p
 paired time ratios. The plain side gets its corrupted canvases for free and computes logits at every position, as a user's
 own training step would.
 
-    python scripts/bench_update.py --json bench_update.json
+    scripts/bench_update --json bench_update.json
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def naive_greedy(policy: Policy, prompt: Tensor, length: int, block: int, steps:
             for position in range(start, start + block):
                 if canvas[position] == policy.mask_id:
                     token = int(probabilities[position].argmax())
-                    candidates.append((-float(probabilities[position, token]), position, token))
+                    candidates.append((-probabilities[position, token].item(), position, token))
             take = block // per_block + (step < block % per_block)
             for _, position, token in sorted(candidates)[:take]:
                 canvas[position] = token

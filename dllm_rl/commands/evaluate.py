@@ -15,6 +15,7 @@ from dllm_rl.tracking import replace_text, table
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
+    """Evaluates, prints a table and writes results.json, answers.jsonl and config.json."""
     seed, task = common.check_seed(settings["seed"]), settings["task"]
     model_path = common.require_model_path(settings)
     settings["sampler"].plan(task.completion_length)

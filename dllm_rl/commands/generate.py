@@ -22,6 +22,7 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
+    """Samples and prints completions; writes nothing."""
     del config
     seed, task, sampler = common.check_seed(settings["seed"]), settings["task"], settings["sampler"]
     common.require_model_path(settings)

@@ -13,6 +13,7 @@ from dllm_rl.tracking import RunFolder
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
+    """Checks everything that can be refused, then fine-tunes."""
     seed, task, supervised = common.check_seed(settings["seed"]), settings["task"], settings["supervised"]
     path = common.run_directory("sft", settings, ("task", "model"))
     RunFolder.claim(path, settings["resume"], common.plain(config))

@@ -14,6 +14,7 @@ from dllm_rl.trainer import Training, train
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
+    """Checks everything that can be refused, then trains."""
     seed, task, trainer = common.check_seed(settings["seed"]), settings["task"], settings["trainer"]
     common.require_model_path(settings)
     path = common.run_directory("train", settings, ("task", "algorithm"))
