@@ -53,7 +53,7 @@ class Optimizer:
     def step(self) -> float:
         """Clips, steps and clears the gradients; returns their norm before clipping.
 
-        A gradient that is not finite changes no parameter; the third in a row is an error.
+        A gradient that is not finite changes neither parameters nor learning rate; the third in a row is an error.
 
         Raises:
             FloatingPointError: three gradients in a row were not finite.
@@ -65,8 +65,8 @@ class Optimizer:
             raise FloatingPointError("three gradients in a row were not finite; lower optimizer.lr")
         if finite:
             self._adamw.step()
+            self._schedule.step()
         self._adamw.zero_grad(set_to_none=True)
-        self._schedule.step()
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
     (["train", "seed=-1"], ["seed=-1", "from 0 to"]),
     (["train"], ["model.path", "sft"]),
     (["train", "model.path=nowhere"], ["model.path=nowhere", "model.safetensors"]),
+    (["train", "model.path=empty/run"], ["model.path=empty/run", "no such folder"]),
     (["train", "model.path=empty"], ["model.path=empty", "no config.json", "no model.safetensors", "no tokenizer.json"]),
     (["evaluate", "model.path=empty/.."], ["has no"]),
     (["train", "model.path=x", "sampler.block_length=3"], ["sampler.block_length=3", "divisor", "20"]),

@@ -150,6 +150,8 @@ def load_policy(path: str) -> Policy:
     folder = Path(path).expanduser()
     if folder.is_dir():
         _check_folder(folder)
+    elif _looks_local(path):
+        raise UserError(f"model.path={path}: no such folder; must be a folder with {CHECKPOINT_FILES}, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -158,6 +160,13 @@ def load_policy(path: str) -> Policy:
         raise UserError(f"model.path={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, "
                         f"or a hub name ({reason})") from None
     return Policy(network, tokenizer)
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a folder: a hub name is `name` or `owner/name`, and asking the hub for
+    anything else only makes the user wait."""
+    parent = Path(path).parent
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
 
 
 def _check_folder(folder: Path) -> None:
