@@ -20,20 +20,16 @@ from dllm_rl.tracking import table
 ROOT = Path("outputs/quickstart")
 COMMAND = Path(sys.executable).with_name("dllm-rl")
 # Longest first, so that two workers end at about the same time.
-TASKS: dict[str, dict[str, list[str]]] = {
-    "sudoku": {"sft": [], "train": []},
-    "program_synthesis": {"sft": [], "train": []},
-    "word_problems": {"sft": [], "train": []},
-}
+TASKS = ("sudoku", "program_synthesis", "word_problems")
 
 
 def commands(task: str) -> list[list[str]]:
     """Arguments of `dllm-rl` for one task: fine-tuning, then BGPO from its result."""
     sft, train = ROOT / f"{task}-sft", ROOT / f"{task}-bgpo"
     return [
-        ["sft", f"task={task}", *TASKS[task]["sft"], f"run_dir={sft}", "resume=overwrite"],
+        ["sft", f"task={task}", f"run_dir={sft}", "resume=overwrite"],
         ["train", "algorithm=bgpo", f"task={task}", f"model.path={sft}", "likelihood.num_samples=4",
-         *TASKS[task]["train"], f"run_dir={train}", "resume=overwrite"],
+         f"run_dir={train}", "resume=overwrite"],
     ]
 
 
