@@ -169,7 +169,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     grid = Table(*headers, title=title)
     for row in rows:
         grid.add_row(*row)
-    Console().print(grid)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(grid)  # a log file has no width to fit
 
 
 def _complete(line: str) -> bool:
