@@ -51,6 +51,8 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
         entry()
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing is left to say on stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         fail("interrupted; resume=auto continues from the last checkpoint", code=130)
 
