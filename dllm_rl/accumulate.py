@@ -1,122 +1,223 @@
-"""The gradient engine: parameter gradients of an objective while one chunk of Monte Carlo samples has a live graph.
+"""The gradient engine: parameter gradients of any objective while one chunk of Monte Carlo samples has a live graph.
 
-A separable objective is a sum over samples, so each chunk can be evaluated, differentiated and forgotten before the
-next: memory does not grow with the number of samples. The result is the gradient of the whole sum for every chunk size.
+    single pass   the objective is a sum over samples: loss of a chunk, backward, next chunk
+    two pass      any objective of the log-probabilities: pass 1 evaluates them without graphs, the gradient of the loss with
+                  respect to that small tensor gives each its weight, and pass 2 streams Σ weight x logp chunk by chunk
+    retained      all graphs at once: the oracle of the tests and the naive bar of the memory benchmark
+
+All three give the same gradient; the first two at memory that does not grow with the number of samples. By the chain rule
+∇F(l_1..l_N) = Σ_j ∂F/∂l_j ∇l_j, two passes are exact, not an approximation. Pass 1 is skipped where its values are known: at
+θ = θ_old a loss that reads only log-ratios has the same gradient whatever the values are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from dllm_rl.diffusion.likelihood import Denoiser, Likelihood, elbo_terms, token_logps
-from dllm_rl.objectives.base import LossInputs, Objective
-from dllm_rl.types import Completions, Corruption
+from dllm_rl.diffusion.likelihood import Denoiser
+from dllm_rl.objectives.aggregation import Totals, coefficients
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Share
+from dllm_rl.scoring import Chunk, Masks, Old, Recorder, Scores, masked_forward
+from dllm_rl.types import Completions
+
+DRIVERS = ("auto", "single_pass", "two_pass", "retained")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of completions under all N corruptions."""
+@dataclass
+class _Metrics:
+    """Sums of the shares of all chunks."""
 
-    logps: Tensor
-    """[B, N, L], 0 where a sample does not score a position; no graph."""
-    weights: Tensor
-    """[B, N]."""
+    loss: float = 0.0
+    totals: dict[str, Share] = field(default_factory=dict)
 
-    @property
-    def terms(self) -> Tensor:
-        """ELBO terms l_j, [B, N]."""
-        return elbo_terms(self.logps, self.weights)
+    def add(self, output: LossOutput) -> None:
+        self.loss += float(output.loss.detach())
+        for name, (total, number) in output.metrics.items():
+            before = self.totals.get(name, Share(torch.zeros_like(total), torch.zeros_like(number)))
+            self.totals[name] = Share(before.total + total, before.number + number)
 
-
-@dataclass(frozen=True)
-class Masks:
-    """Where corruptions come from: everything but the completions and the sample number."""
-
-    likelihood: Likelihood
-    seed: int
-    step: int
-
-    def draw(self, policy: Denoiser, completions: Completions, sample: Tensor) -> Corruption:
-        return self.likelihood.draw(
-            completions, sample, seed=self.seed, step=self.step, mask_id=policy.mask_id, eos_id=policy.eos_id
-        )
+    def means(self) -> dict[str, float]:
+        means = {name: float(total / number.clamp(min=1)) for name, (total, number) in self.totals.items()}
+        return {"loss": self.loss, **means}
 
 
-def backward(
-    policy: Denoiser,
-    objective: Objective,
-    completions: Completions,
-    advantages: Tensor,
-    masks: Masks,
-    *,
-    old: Scores | None,
-    num_terms: float,
-    micro_samples: int,
-    run_backward: Callable[[Tensor], None] = torch.Tensor.backward,
-) -> tuple[Scores, dict[str, float]]:
-    """Adds the objective's gradient to the parameters.
+class Engine:
+    """One update's worth of completions, and the ways to score them and to differentiate an objective of the scores.
 
     Args:
         completions: B sequences.
-        advantages: [B].
-        old: scores under the policy that sampled. None: the policy is still that one, so its values are the current
-            ones and no pass is needed for them.
-        num_terms: see `LossInputs`.
+        masks: where their corruptions come from.
         micro_samples: pairs of sequence and corruption per forward pass. Trades speed for memory, never the result.
-        run_backward: `accelerator.backward` in a distributed run.
-
-    Returns:
-        The scores of this pass (they serve as `old` of the next inner update), and the metrics with the loss.
     """
-    if not objective.separable:
-        raise TypeError(f"{type(objective).__name__} is not separable over Monte Carlo samples")
-    scores: Scores | None = None
-    totals: dict[str, Tensor] = {}
-    for rows, sample in _chunks(len(completions), masks.likelihood.num_samples, micro_samples, completions.ids.device):
-        chunk = completions.rows(rows)
-        corruption = masks.draw(policy, chunk, sample)
-        logps = token_logps(policy, chunk, corruption)
-        scores = scores or _empty_scores(logps, len(completions), masks.likelihood.num_samples)
-        scores.logps[rows, sample] = logps.detach()
-        scores.weights[rows, sample] = corruption.weight
-        old_logps = logps.detach() if old is None else old.logps[rows, sample]
-        output = objective.loss(LossInputs(
-            logps=rearrange(logps, "c l -> c 1 l"),
-            old_logps=rearrange(old_logps, "c l -> c 1 l"),
-            weights=rearrange(corruption.weight, "c -> c 1"),
-            advantages=advantages[rows],
-            num_terms=num_terms,
-        ))
+
+    def __init__(self, completions: Completions, masks: Masks, micro_samples: int) -> None:
+        self.completions, self.masks, self.micro_samples = completions, masks, micro_samples
+        self.num_samples = masks.likelihood.num_samples
+
+    def score(self, policy: Denoiser, *, top_k: int = 0) -> Scores:
+        """Log-probabilities under all corruptions, without graphs. `top_k` > 0 also keeps that part of the distributions."""
+        recorder = Recorder(self.completions, self.masks.likelihood, policy, top_k=top_k)
+        with torch.no_grad():
+            for chunk in self._chunks(policy):
+                recorder.forward(policy, chunk)
+        return recorder.scores()
+
+    def backward(
+        self,
+        policy: Denoiser,
+        objective: Objective,
+        advantages: Tensor,
+        totals: Totals,
+        *,
+        old: Old | None = None,
+        reference: Scores | None = None,
+        keep_top_k: bool = False,
+        driver: str = "auto",
+        run_backward: Callable[[Tensor], None] = torch.Tensor.backward,
+        at_half: Callable[[], None] | None = None,
+    ) -> tuple[Scores, dict[str, float]]:
+        """Adds the objective's gradient to the parameters.
+
+        Args:
+            advantages: [B].
+            totals: the sizes of the whole update.
+            old: the policy that sampled. None: `policy` is still that one, so its values are the current ones and no pass
+                is needed for them.
+            reference: scores under the reference policy, for objectives with a KL term.
+            keep_top_k: keep what later updates need for top-K divergences from this policy.
+            driver: auto (single pass where possible, else two passes), single_pass, two_pass or retained.
+            run_backward: `accelerator.backward` in a distributed run.
+            at_half: called when the samples of even number have been differentiated and those of odd number have not.
+
+        Returns:
+            The scores of this pass (they serve as `old` of the next inner update), and the metrics with the loss.
+        """
+        if driver == "auto":
+            driver = "single_pass" if objective.separable or self.num_samples == 1 else "two_pass"
+        top_k = objective.top_k if keep_top_k else 0
+        recorder = Recorder(
+            self.completions, self.masks.likelihood, policy, top_k=top_k, divergence=objective.divergence, old=old
+        )
+        loss_of = _Loss(self, objective, advantages, totals, old, reference, recorder)
+        if driver == "single_pass":
+            return self._single_pass(policy, loss_of, run_backward, at_half)
+        if driver == "two_pass":
+            return self._two_pass(policy, loss_of, run_backward, at_half)
+        if driver == "retained":
+            return self._retained(policy, loss_of, run_backward)
+        raise ValueError(f"driver={driver}: must be one of {', '.join(DRIVERS)}")
+
+    def _single_pass(
+        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
+    ) -> tuple[Scores, dict[str, float]]:
+        metrics = _Metrics()
+        for chunk in self._chunks(policy, at_half):
+            output = loss_of.chunk(chunk, loss_of.recorder.forward(policy, chunk))
+            metrics.add(output)
+            if output.loss.requires_grad:  # a chunk that scores nothing has no graph
+                run_backward(output.loss)
+        return loss_of.recorder.scores(), metrics.means()
+
+    def _two_pass(
+        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
+    ) -> tuple[Scores, dict[str, float]]:
+        recorder, metrics = loss_of.recorder, _Metrics()
+        known = loss_of.objective.ratio_only and loss_of.old is None and loss_of.reference is None
+        chunks = list(self._chunks(policy))
+        with torch.no_grad():
+            for chunk in chunks:
+                recorder.note(chunk) if known else recorder.forward(policy, chunk)
+        first = recorder.scores()
+
+        logps = first.logps.detach().requires_grad_()
+        output = loss_of.all(first, logps)
+        metrics.add(output)
+        (weight,) = torch.autograd.grad(output.loss, logps)
+
+        drift = 0.0
+        for chunk in chunks if at_half is None else self._chunks(policy, at_half):
+            again = recorder.forward(policy, chunk) if known else masked_forward(policy, chunk)
+            if not known and len(again):
+                drift = max(drift, float((again.detach() - first.logps[chunk.rows, chunk.sample]).abs().max()))
+            if again.requires_grad:
+                run_backward((weight[chunk.rows, chunk.sample] * again).sum())
+        health = {} if known else {"engine/pass_difference": drift}
+        return recorder.scores() if known else first, metrics.means() | health
+
+    def _retained(
+        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None]
+    ) -> tuple[Scores, dict[str, float]]:
+        recorder, metrics = loss_of.recorder, _Metrics()
+        graphs, pairs = [], []
+        for chunk in self._chunks(policy):
+            graphs.append(recorder.forward(policy, chunk))
+            pairs.append(chunk.rows * self.num_samples + chunk.sample)
+        in_order = torch.cat(graphs)[torch.cat(pairs).argsort()]
+        scores = recorder.scores()
+        output = loss_of.all(scores, rearrange(in_order, "(b n) l -> b n l", n=self.num_samples))
+        metrics.add(output)
         run_backward(output.loss)
-        for name, share in {"loss": output.loss.detach(), **output.metrics}.items():
-            totals[name] = totals.get(name, 0.0) + share
-    assert scores is not None, "the trainer never passes an empty batch"
-    return scores, {name: float(value) for name, value in totals.items()}
+        return scores, metrics.means()
+
+    def _chunks(self, policy: Denoiser, at_half: Callable[[], None] | None = None) -> Iterator[Chunk]:
+        """`micro_samples` pairs at a time, all sequences of sample 0 first.
+
+        With `at_half` the even samples come before the odd ones: each half is evenly spread over the strata.
+        """
+        device = self.completions.ids.device
+        sample = torch.arange(self.num_samples, device=device)
+        halves = [sample] if at_half is None else [sample[::2], sample[1::2]]
+        for number, half in enumerate(halves):
+            if number and at_half is not None:
+                at_half()
+            pairs = torch.cartesian_prod(half, torch.arange(len(self.completions), device=device)).view(-1, 2)
+            for part in pairs.split(self.micro_samples):
+                completions = self.completions.rows(part[:, 1])
+                corruption = self.masks.draw(policy, completions, part[:, 0])
+                yield Chunk(part[:, 1], part[:, 0], completions, corruption)
 
 
-def score_metrics(scores: Scores, old: Scores) -> dict[str, float]:
-    """Figures of one pass: the ELBO estimate, its spread over the N samples, and δ against the old policy."""
-    terms, delta = scores.terms, (scores.terms - old.terms).abs()
-    return {
-        "elbo/mean": float(terms.mean()), "elbo/std": float(terms.std(1, correction=0).mean()),
-        "delta/mean_abs": float(delta.mean()), "delta/max_abs": float(delta.max()),
-    }
+class _Loss:
+    """The objective with everything that it reads, for one chunk or for all samples at once."""
+
+    def __init__(
+        self, engine: Engine, objective: Objective, advantages: Tensor, totals: Totals, old: Old | None,
+        reference: Scores | None, recorder: Recorder,
+    ) -> None:
+        self.objective, self.old, self.reference, self.recorder = objective, old, reference, recorder
+        self._num_samples, self._advantages = engine.num_samples, advantages
+        self._region = recorder.scores().region
+        self._coefficients = coefficients(objective.aggregation, self._region.sum(1), totals, objective.horizon)
+
+    def chunk(self, chunk: Chunk, logps: Tensor) -> LossOutput:
+        """The chunk's share: every pair of [C, L] `logps` is a sequence with one sample."""
+        pairs = (chunk.rows, chunk.sample)
+        old = logps.detach() if self.old is None else self.old.scores.logps[pairs]
+        divergence = self.recorder.scores().divergence
+        return self.objective.loss(LossInputs(
+            logps=_one(logps), old_logps=_one(old), scored=_one(chunk.corruption.scored),
+            weights=rearrange(chunk.corruption.weight, "c -> c 1"), advantages=self._advantages[chunk.rows],
+            coefficients=self._coefficients[chunk.rows], region=self._region[chunk.rows], num_samples=self._num_samples,
+            ref_logps=None if self.reference is None else _one(self.reference.logps[pairs]),
+            divergence=None if divergence is None else _one(divergence[pairs]),
+        ))
+
+    def all(self, scores: Scores, logps: Tensor) -> LossOutput:
+        """The loss of the whole update from all log-probabilities [B, N, L]."""
+        return self.objective.loss(LossInputs(
+            logps=logps, old_logps=logps.detach() if self.old is None else self.old.scores.logps, scored=scores.scored,
+            weights=scores.weights, advantages=self._advantages, coefficients=self._coefficients, region=self._region,
+            num_samples=self._num_samples, ref_logps=None if self.reference is None else self.reference.logps,
+            divergence=scores.divergence,
+        ))
 
 
-def _chunks(
-    num_sequences: int, num_samples: int, micro_samples: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row, sample) index pairs, all sequences of sample 0 first, `micro_samples` pairs at a time."""
-    pairs = torch.arange(num_sequences * num_samples, device=device)
-    for chunk in pairs.split(micro_samples):
-        yield chunk % num_sequences, chunk // num_sequences
+def _one(values: Tensor) -> Tensor:
+    return rearrange(values, "c l -> c 1 l")
 
 
-def _empty_scores(like: Tensor, num_sequences: int, num_samples: int) -> Scores:
-    logps = like.new_zeros(num_sequences, num_samples, like.shape[-1])
-    return Scores(logps, torch.zeros(num_sequences, num_samples, dtype=torch.float64, device=like.device))

@@ -7,11 +7,32 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from dllm_rl.diffusion.corruption import StratifiedCounts
+from dllm_rl.advantages import AdvantageConfig
+from dllm_rl.diffusion.estimators import (
+    Bernoulli,
+    Block,
+    Coupled,
+    CoupledFull,
+    LeftToRight,
+    OneStep,
+    Quadrature,
+    StratifiedCounts,
+    Trajectory,
+)
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
+from dllm_rl.objectives.coupled_grpo import CoupledGRPO
+from dllm_rl.objectives.dppo import DPPO
+from dllm_rl.objectives.drpo import DRPO, SPO
+from dllm_rl.objectives.elbo_ratio import ELBORatio
+from dllm_rl.objectives.espo import ESPO
+from dllm_rl.objectives.ppo_clip import GRPO, PPOClip
+from dllm_rl.objectives.reinforce import Reinforce
+from dllm_rl.objectives.spg import SPG
+from dllm_rl.objectives.unigrpo import UniGRPO
+from dllm_rl.objectives.wd1 import WD1
 from dllm_rl.optimization import OptimizerConfig
 from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.tasks.code.mbpp import MBPP
@@ -33,11 +54,40 @@ GROUPS: dict[str, dict[str, type]] = {
         "mbpp": MBPP,
     },
     "sampler": {"low_confidence": LowConfidence},
-    "likelihood": {"elbo": StratifiedCounts},
-    "objective": {"bgpo": BGPO},
+    "likelihood": {
+        "elbo": StratifiedCounts,
+        "bernoulli": Bernoulli,
+        "quadrature": Quadrature,
+        "coupled": Coupled,
+        "coupled_full": CoupledFull,
+        "one_step": OneStep,
+        "block": Block,
+        "trajectory": Trajectory,
+        "left_to_right": LeftToRight,
+    },
+    "objective": {
+        "bgpo": BGPO,
+        "elbo_ratio": ELBORatio,
+        "reinforce": Reinforce,
+        "ppo_clip": PPOClip,
+        "grpo": GRPO,
+        "dppo": DPPO,
+        "drpo": DRPO,
+        "spo": SPO,
+        "espo": ESPO,
+        "wd1": WD1,
+        "spg": SPG,
+        "coupled_grpo": CoupledGRPO,
+        "unigrpo": UniGRPO,
+    },
 }
 SECTIONS: dict[str, dict[str, type]] = {
-    "train": {"trainer": TrainerConfig, "optimizer": OptimizerConfig, "evaluation": EvaluationConfig},
+    "train": {
+        "trainer": TrainerConfig,
+        "advantage": AdvantageConfig,
+        "optimizer": OptimizerConfig,
+        "evaluation": EvaluationConfig,
+    },
     "sft": {"supervised": SupervisedConfig, "optimizer": OptimizerConfig},
     "evaluate": {"evaluation": EvaluationConfig},
 }

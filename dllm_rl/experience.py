@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.advantages import group_standardised
+from dllm_rl.advantages import AdvantageConfig, compute_advantages
 from dllm_rl.diffusion.noise import Purpose, make_key, uniform
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.models.policy import Policy
@@ -89,8 +89,8 @@ def rollout(
 
 
 def collect(
-    policy: Policy, task: Task, sampler: LowConfidence, prompts: Sequence[Prompt], group_size: int, *,
-    seed: int, step: int,
+    policy: Policy, task: Task, sampler: LowConfidence, prompts: Sequence[Prompt], group_size: int,
+    advantage: AdvantageConfig, *, seed: int, step: int,
 ) -> Experience:
     """Samples `group_size` completions per prompt, scores them and compares each with its group.
 
@@ -103,5 +103,7 @@ def collect(
     experience = Experience(repeated, completions, texts, rewards, torch.zeros(len(texts)), group_size)
     if 2 * experience.valid.sum() < len(texts):
         raise RuntimeError(f"the grader failed on {int((~experience.valid).sum())} of {len(texts)} completions")
-    advantages = group_standardised(experience.values, experience.valid, group_size)
+    advantages = compute_advantages(
+        experience.values, experience.valid, group_size, advantage.kind, advantage.epsilon
+    )
     return Experience(repeated, completions, texts, rewards, advantages.to(policy.device), group_size)

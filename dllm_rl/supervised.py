@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoint import save_checkpoint
-from dllm_rl.diffusion.corruption import StratifiedCounts
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.likelihood import elbo_terms, token_logps
 from dllm_rl.errors import check
 from dllm_rl.models.policy import Policy

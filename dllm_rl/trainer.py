@@ -7,19 +7,20 @@ from dataclasses import asdict, dataclass
 
 from accelerate import Accelerator
 
-from dllm_rl.accumulate import Masks, Scores, backward, score_metrics
+from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.checkpoint import save_checkpoint
-from dllm_rl.diffusion.likelihood import Likelihood
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import check
 from dllm_rl.evaluation import Evaluation, EvaluationConfig, evaluate
-from dllm_rl.experience import Experience, collect, pick_prompts
-from dllm_rl.memory import SavedBytes, memory_metrics
+from dllm_rl.experience import collect, pick_prompts
+from dllm_rl.memory import memory_metrics
 from dllm_rl.models.policy import Policy
 from dllm_rl.objectives.base import Objective
 from dllm_rl.optimization import Optimizer
 from dllm_rl.task import Task
 from dllm_rl.tracking import Reporter, RunFolder, step_line
+from dllm_rl.update import update
 
 
 @dataclass
@@ -31,7 +32,10 @@ class TrainerConfig:
     group_size: int = 8
     """G: completions per prompt, compared with each other."""
     inner_updates: int = 1
-    """Optimizer steps per rollout batch. 1 is on-policy; later ones use the same masks, so their old values are free."""
+    """Optimizer steps per rollout batch. 1 is on-policy."""
+    resample_masks: bool = False
+    """false: all inner updates use the same masks, so the first one finds the old values of the later ones. true: new masks
+    for each, whose old values take a pass of their own (diffu-GRPO and its descendants)."""
     micro_samples: int = 128
     """Pairs of sequence and corruption per forward pass: memory against speed; the gradient is the same."""
     eval_every: int = 20
@@ -39,9 +43,11 @@ class TrainerConfig:
     save_every: int = 20
     """Steps between checkpoints, of which the newest `keep` stay; the last step is always saved."""
     keep: int = 2
+    gradient_cosine: bool = False
+    """Also log the cosine between the gradients of the even and of the odd Monte Carlo samples."""
 
     def __post_init__(self) -> None:
-        least = {"group_size": 2, "eval_every": 0}
+        least = {"group_size": 2, "eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
         for name, value in asdict(self).items():
             check(value >= least.get(name, 1), f"trainer.{name}", value, f"an integer >= {least.get(name, 1)}")
 
@@ -55,6 +61,7 @@ class Training:
     sampler: LowConfidence
     likelihood: Likelihood
     objective: Objective
+    advantage: AdvantageConfig
     optimizer: Optimizer
     config: TrainerConfig
     evaluation: EvaluationConfig
@@ -62,6 +69,8 @@ class Training:
     folder: RunFolder
     seed: int
     done: int = 0
+    reference: Policy | None = None
+    """What KL terms pull towards; None for objectives without one."""
 
 
 def train(run: Training) -> None:
@@ -73,11 +82,13 @@ def train(run: Training) -> None:
         for step in range(run.done + 1, config.steps + 1):
             start = time.perf_counter()
             chosen = pick_prompts(prompts, config.prompts_per_step, seed=run.seed, step=step - 1)
-            experience = collect(run.policy, run.task, run.sampler, chosen, config.group_size, seed=run.seed, step=step)
+            experience = collect(
+                run.policy, run.task, run.sampler, chosen, config.group_size, run.advantage, seed=run.seed, step=step
+            )
             rollout_end = time.perf_counter()
-            update = _update(run, experience, step)
+            learned = update(run, experience, step)
             metrics = {
-                "step": step, **experience.metrics(), **update, "time/rollout": rollout_end - start,
+                "step": step, **experience.metrics(), **learned, "time/rollout": rollout_end - start,
                 "time/update": time.perf_counter() - rollout_end, **memory_metrics(),
             }
             run.folder.log("metrics.jsonl", [metrics])
@@ -89,29 +100,6 @@ def train(run: Training) -> None:
             if step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(run.folder.path, step, run.policy, run.optimizer.state_dict(), config.keep)
     run.folder.plot()
-
-
-def _update(run: Training, experience: Experience, step: int) -> dict[str, float]:
-    """All inner updates on one batch. Completions with advantage 0 have no gradient and cost no forward pass."""
-    learnable = experience.advantages != 0
-    if not learnable.any():
-        return {"update/sequences": 0}
-    completions, advantages = experience.completions.rows(learnable), experience.advantages[learnable]
-    masks = Masks(run.likelihood, run.seed, step)
-    old: Scores | None = None
-    metrics: dict[str, float] = {"update/sequences": len(completions)}
-    for _ in range(run.config.inner_updates):
-        with SavedBytes() as saved:
-            scores, shares = backward(
-                run.policy, run.objective, completions, advantages, masks, old=old,
-                num_terms=len(learnable) * run.likelihood.num_samples, micro_samples=run.config.micro_samples,
-                run_backward=run.accelerator.backward,
-            )
-        # The first pass ran at the weights that sampled, on the masks of this step: its values are the old ones.
-        old = old or scores
-        metrics |= shares | score_metrics(scores, old)
-        metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
-    return metrics
 
 
 def _evaluate(run: Training, step: int) -> Evaluation:

@@ -69,7 +69,7 @@ class Corruption(_Rows):
     """One Monte Carlo draw of the forward process for each sequence.
 
     Example: L = 4, two of four tokens masked (mask id 3): `canvas=[[9, 3, 2, 3]]`,
-    `scored=[[False, True, False, True]]`, `weight=[2.0]`
+    `scored=[[False, True, False, True]]`, `weight=[2.0]`, `prompt` as it was
     """
 
     canvas: Tensor
@@ -78,3 +78,5 @@ class Corruption(_Rows):
     """[B, L] bool: positions whose log-probability counts."""
     weight: Tensor
     """[B] float64. ELBO term l_j = weight x sum of the log-probabilities at scored positions, in nats."""
+    prompt: Tensor
+    """[B, P] int64: the prompt as the model sees it; some estimators mask a part of it."""

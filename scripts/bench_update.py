@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dllm_rl.accumulate import Masks, backward
-from dllm_rl.diffusion.corruption import StratifiedCounts
+from dllm_rl.accumulate import Engine
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.memory import SavedBytes
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.tiny import TinyModel
+from dllm_rl.objectives.aggregation import Totals
 from dllm_rl.objectives.bgpo import BGPO
+from dllm_rl.scoring import Masks
 from dllm_rl.types import Completions, PromptBatch
 
 
@@ -100,14 +102,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     completions = make_completions(policy, arguments.sequences, arguments.prompt_length, arguments.length)
     advantages = torch.randn(arguments.sequences, generator=torch.Generator().manual_seed(1)).to(policy.device)
     masks = Masks(StratifiedCounts(num_samples=arguments.samples), seed=0, step=0)
+    totals = Totals(len(completions), completions.ids.numel(), arguments.length)
     plain = plain_update(policy, completions, masks, arguments.micro_samples)
 
     def update() -> None:
         with SavedBytes():
-            backward(
-                policy, BGPO(), completions, advantages, masks, old=None,
-                num_terms=len(completions) * arguments.samples, micro_samples=arguments.micro_samples,
-            )
+            Engine(completions, masks, arguments.micro_samples).backward(policy, BGPO(), advantages, totals)
 
     counter = HeadCounter(policy)
     update()

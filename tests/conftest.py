@@ -9,10 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.tiny import TinyModel
+from dllm_rl.objectives.base import LossInputs
 from dllm_rl.types import Completions
 
 torch.set_num_threads(1)
@@ -33,6 +35,22 @@ def make_completions(policy: Policy, batch: int = 6, length: int = 8, seed: int 
     for row in range(batch):
         ids[row, length - row % 4 :] = policy.eos_id
     return Completions(prompts.ids, prompts.mask, prompts.sample_ids, ids, torch.zeros_like(ids))
+
+
+def loss_inputs(
+    logps: Tensor, old_logps: Tensor, weights: Tensor, advantages: Tensor, *, scored: Tensor | None = None,
+    coefficients: Tensor | None = None, region: Tensor | None = None, ref_logps: Tensor | None = None,
+    divergence: Tensor | None = None, num_samples: int | None = None,
+) -> LossInputs:
+    """Inputs of a whole update: everything scored, and the mean over sequences, unless told otherwise."""
+    batch, samples, length = logps.shape
+    return LossInputs(
+        logps=logps, old_logps=old_logps, weights=weights, advantages=advantages, ref_logps=ref_logps, divergence=divergence,
+        scored=torch.ones_like(logps, dtype=torch.bool) if scored is None else scored,
+        coefficients=torch.full((batch,), 1 / batch, dtype=torch.float64) if coefficients is None else coefficients,
+        region=torch.ones(batch, length, dtype=torch.bool) if region is None else region,
+        num_samples=num_samples or samples,
+    )
 
 
 @pytest.fixture

@@ -1,22 +1,77 @@
-"""The gradient engine: exact for every chunk size, at constant memory, with no pass that can be avoided."""
+"""The gradient engine: three drivers, one gradient; constant memory; no pass that can be avoided."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from dllm_rl.accumulate import Masks, Scores, backward
-from dllm_rl.diffusion.corruption import StratifiedCounts
+from dllm_rl.accumulate import Engine
+from dllm_rl.diffusion.corruption import Likelihood
+from dllm_rl.diffusion.estimators import (
+    Block,
+    Coupled,
+    CoupledFull,
+    LeftToRight,
+    OneStep,
+    Quadrature,
+    StratifiedCounts,
+    Trajectory,
+)
 from dllm_rl.diffusion.likelihood import token_logps
 from dllm_rl.memory import SavedBytes
 from dllm_rl.models.policy import Policy
-from dllm_rl.objectives.base import LossInputs, LossOutput
+from dllm_rl.objectives.aggregation import AGGREGATIONS, Totals
+from dllm_rl.objectives.base import Objective
 from dllm_rl.objectives.bgpo import BGPO
+from dllm_rl.objectives.coupled_grpo import CoupledGRPO
+from dllm_rl.objectives.dppo import DIVERGENCES, DPPO
+from dllm_rl.objectives.drpo import DRPO, SPO
+from dllm_rl.objectives.elbo_ratio import ELBORatio
+from dllm_rl.objectives.espo import ESPO
+from dllm_rl.objectives.levels import LEVELS
+from dllm_rl.objectives.ppo_clip import GRPO, PPOClip
+from dllm_rl.objectives.reinforce import Reinforce
+from dllm_rl.objectives.spg import SPG
+from dllm_rl.objectives.unigrpo import UniGRPO
+from dllm_rl.objectives.wd1 import WD1
+from dllm_rl.scoring import Masks, Old, Scores
 from dllm_rl.types import Completions
 from tests.conftest import make_completions, make_policy
 
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0, 1.5], dtype=torch.float64)
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "bgpo": BGPO,
+    "bgpo_clip": lambda: BGPO(clip_low=0.1, clip_high=0.1),
+    "bgpo_chunk": lambda: BGPO(chunk=2),
+    "elbo_ratio": ELBORatio,
+    "elbo_ratio_clip_kl": lambda: ELBORatio(clip_low=0.2, clip_high=0.2, kl_coef=0.1),
+    "reinforce": Reinforce,
+    **{f"ppo_{level}": (lambda level=level: PPOClip(level=level, kl_coef=0.1, dual_clip=3.0)) for level in LEVELS},
+    "grpo": GRPO,
+    **{f"dppo_{kind}": (lambda kind=kind: DPPO(kind=kind, delta_low=1e-3, delta_high=1e-3)) for kind in DIVERGENCES},
+    "drpo": lambda: DRPO(radius=0.2),
+    "spo": lambda: SPO(radius=0.2),
+    "espo": ESPO,
+    "wd1": WD1,
+    **{f"spg_{kind}": (lambda kind=kind: SPG(negative=kind)) for kind in ("mix", "eubo", "elbo", "zero")},
+    "coupled_grpo": CoupledGRPO,
+    "unigrpo": UniGRPO,
+    **{f"aggregation_{mode}": (lambda mode=mode: ELBORatio(aggregation=mode)) for mode in AGGREGATIONS},
+}
+LIKELIHOODS: dict[str, Likelihood] = {
+    "elbo": StratifiedCounts(num_samples=4),
+    "through_first_eos": StratifiedCounts(num_samples=4, region="through_first_eos"),
+    "quadrature": Quadrature(num_samples=4, nodes=2),
+    "coupled": Coupled(num_samples=4),
+    "coupled_full": CoupledFull(num_samples=6),
+    "one_step": OneStep(num_samples=2, prompt_mask_prob=0.5),
+    "block": Block(num_samples=4, block_length=3, scored="masked", clean_mask_prob=0.3),
+    "trajectory": Trajectory(num_samples=4),
+    "left_to_right": LeftToRight(num_samples=10),
+}
 
 
 def gradient(policy: Policy) -> Tensor:
@@ -25,160 +80,227 @@ def gradient(policy: Policy) -> Tensor:
     return flat
 
 
-def engine(
-    policy: Policy, completions: Completions, samples: int, micro: int, old: Scores | None = None,
-    advantages: Tensor = ADVANTAGES,
-) -> tuple[Scores, float, Tensor]:
-    masks = Masks(StratifiedCounts(num_samples=samples), seed=3, step=5)
-    scores, metrics = backward(
-        policy, BGPO(), completions, advantages, masks, old=old,
-        num_terms=len(completions) * samples, micro_samples=micro,
-    )
-    return scores, metrics["loss"], gradient(policy)
+def totals_of(completions: Completions, likelihood: Likelihood, eos_id: int) -> Totals:
+    region = likelihood.region_of(completions.ids, eos_id)
+    return Totals(len(region), int(region.sum()), region.shape[1])
 
 
-def elbo_by_hand(policy: Policy, completions: Completions, samples: int) -> Tensor:
-    """l_j of every sequence and sample in one retained graph: [B, N]. Full logits of the plain network, no hook."""
-    masks = Masks(StratifiedCounts(num_samples=samples), seed=3, step=5)
-    columns = []
-    for j in range(samples):
-        corruption = masks.draw(policy, completions, torch.full((len(completions),), j))
-        attended = torch.cat([completions.prompt_mask, torch.ones_like(corruption.scored)], 1)
-        logits = policy.network(
-            input_ids=torch.cat([completions.prompt_ids, corruption.canvas], 1), attention_mask=attended.long(),
-            position_ids=(attended.cumsum(1) - 1).clamp(min=0),
-        ).logits[:, completions.prompt_ids.shape[1] :]
-        logits[..., policy.mask_id] = -torch.inf
-        logps = logits.log_softmax(-1).gather(-1, completions.ids.unsqueeze(-1)).squeeze(-1)
-        count = corruption.scored.sum(1)
-        columns.append((logps * corruption.scored).sum(1) * completions.ids.shape[1] / count)
-    return torch.stack(columns, 1)
+class Setting:
+    """A policy, the policy that sampled, a reference policy, and completions."""
+
+    def __init__(self, likelihood: Likelihood | None = None, dtype: torch.dtype = torch.float64) -> None:
+        self.likelihood = likelihood or StratifiedCounts(num_samples=4)
+        self.policy, self.sampled_by, self.reference = (make_policy(dtype, seed=seed) for seed in (0, 1, 2))
+        nearer = zip(self.policy.network.parameters(), self.sampled_by.network.parameters(), strict=True)
+        with torch.no_grad():
+            for current, old in nearer:
+                old.copy_(current + 0.1 * (old - current))
+        self.completions = make_completions(self.policy)
+        self.advantages = ADVANTAGES.to(dtype)
+        self.masks = Masks(self.likelihood, seed=3, step=5)
+
+    def run(
+        self, objective: Objective, driver: str = "auto", micro: int = 7, on_policy: bool = False,
+        rows: Tensor | None = None, **options: object,
+    ) -> tuple[Scores, dict[str, float], Tensor]:
+        completions = self.completions if rows is None else self.completions.rows(rows)
+        advantages = self.advantages if rows is None else self.advantages[rows]
+        engine = Engine(completions, self.masks, micro)
+        old = None
+        if not on_policy:
+            old = Old(engine.score(self.sampled_by, top_k=objective.top_k), self.sampled_by)
+        reference = engine.score(self.reference) if objective.uses_reference else None
+        scores, metrics = engine.backward(
+            self.policy, objective, advantages, totals_of(self.completions, self.likelihood, self.policy.eos_id), old=old,
+            reference=reference, driver=driver, **options,  # type: ignore[arg-type]
+        )
+        return scores, metrics, gradient(self.policy)
 
 
-def paper_loss(terms: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    """Minus eq. 13-14 of the paper, averaged over sequences, one sample at a time in plain Python."""
-    total = torch.zeros((), dtype=terms.dtype)
-    batch, samples = terms.shape
-    for b in range(batch):
-        for j in range(samples):
-            delta, a = terms[b, j] - old[b, j], advantages[b]
-            total = total + (a * (1 + delta) if a >= 0 else a * delta.exp()) / samples
-    return -total / batch
-
-
-@pytest.mark.parametrize("samples", [1, 4])
-@pytest.mark.parametrize("off_policy", [False, True])
-def test_accumulation_is_the_full_batch_gradient_for_every_split(
-    policy: Policy, completions: Completions, samples: int, off_policy: bool
-) -> None:
-    old = engine(make_policy(seed=1), completions, samples, 6)[0] if off_policy else None
-    terms = elbo_by_hand(policy, completions, samples)
-    reference = paper_loss(terms, terms.detach() if old is None else old.terms, ADVANTAGES)
-    reference.backward()
-    expected = gradient(policy)
-    for micro in range(1, 6 * samples + 1):
-        _, loss, found = engine(policy, completions, samples, micro, old)
-        assert loss == pytest.approx(reference.item(), rel=1e-11, abs=1e-12)
-        assert (found - expected).norm() <= 1e-10 * expected.norm()
-
-
-def test_float32_agrees_with_float64() -> None:
-    policy32, policy64 = make_policy(torch.float32), make_policy()
-    completions = make_completions(policy64)
-    exact = engine(policy64, completions, 4, 24)[2]
+def check_drivers(setting: Setting, objective: Objective, on_policy: bool, tolerance: float) -> None:
+    retained = setting.run(objective, "retained", micro=24, on_policy=on_policy)
+    norm = retained[2].norm()
+    assert norm > 0
     for micro in (1, 5, 24):
-        found = engine(policy32, completions, 4, micro, advantages=ADVANTAGES.float())[2]
-        assert (found - exact).norm() <= 1e-5 * exact.norm()
+        for driver in ("single_pass", "two_pass") if objective.separable else ("two_pass",):
+            scores, metrics, found = setting.run(objective, driver, micro, on_policy)
+            assert (found - retained[2]).norm() <= tolerance * norm, (driver, micro)
+            assert metrics["loss"] == pytest.approx(retained[1]["loss"], rel=100 * tolerance, abs=100 * tolerance)
+            torch.testing.assert_close(scores.logps, retained[0].logps, rtol=tolerance * 10, atol=tolerance * 10)
+            assert torch.equal(scores.scored, retained[0].scored)
+            for name, value in retained[1].items():
+                # On-policy the two passes know that nothing has moved without evaluating it.
+                assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-4 if tolerance > 1e-8 else 1e-9), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_delta_is_exactly_zero_at_the_old_policy(dtype: torch.dtype) -> None:
-    policy = make_policy(dtype)
-    completions = make_completions(policy)
-    old = engine(policy, completions, 4, 5, advantages=ADVANTAGES.to(dtype))[0]
-    again = engine(policy, completions, 4, 5, old, ADVANTAGES.to(dtype))[0]
-    assert (again.terms - old.terms).abs().max().item() == 0.0
-    masks = Masks(StratifiedCounts(num_samples=4), seed=3, step=5)
-    with torch.no_grad():
-        for j in range(4):
-            corruption = masks.draw(policy, completions, torch.full((6,), j))
-            logps = token_logps(policy, completions, corruption)
-            # Another batch shape may round in another way; the stored values have the chunks of `micro_samples`.
-            torch.testing.assert_close(logps, old.logps[:, j], rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_three_drivers_give_one_gradient(name: str, on_policy: bool) -> None:
+    check_drivers(Setting(), OBJECTIVES[name](), on_policy, 1e-10)
 
 
-def test_on_policy_loss_is_minus_the_mean_advantage(policy: Policy, completions: Completions) -> None:
-    assert engine(policy, completions, 4, 6)[1] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-12)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("name", ["bgpo", "elbo_ratio", "ppo_token", "spg_mix", "dppo_topk_tv"])
+def test_three_drivers_agree_for_every_likelihood(name: str, likelihood: str) -> None:
+    check_drivers(Setting(LIKELIHOODS[likelihood]), OBJECTIVES[name](), False, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["bgpo", "elbo_ratio", "ppo_sequence", "spg_mix", "drpo"])
+def test_drivers_agree_in_float32(name: str) -> None:
+    check_drivers(Setting(dtype=torch.float32), OBJECTIVES[name](), False, 2e-5)
+
+
+def test_one_sample_needs_one_pass() -> None:
+    """With N = 1 every objective is a sum over sequences: `auto` takes a single pass, which is exact."""
+    setting = Setting(StratifiedCounts(num_samples=1))
+    calls = count_calls(setting.policy)
+    for name in ("elbo_ratio", "ppo_token", "espo", "spg_mix"):
+        retained = setting.run(OBJECTIVES[name](), "retained", 6)[2]
+        calls.clear()
+        found = setting.run(OBJECTIVES[name](), "auto", 6)[2]
+        assert calls == [True]
+        assert (found - retained).norm() <= 1e-10 * retained.norm()
+
+
+def count_calls(policy: Policy) -> list[bool]:
+    """Whether autograd was on, for each forward pass from now on."""
+    calls: list[bool] = []
+    policy.network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    return calls
+
+
+@pytest.mark.parametrize(("name", "expected"), [("bgpo", [True]), ("elbo_ratio", [True]), ("spg_mix", [False, True])])
+def test_no_pass_for_values_that_are_known(name: str, expected: list[bool]) -> None:
+    """On-policy, ratios are 1 whatever the values; only a loss that reads the values themselves needs pass 1."""
+    setting = Setting()
+    calls = count_calls(setting.policy)
+    setting.run(OBJECTIVES[name](), micro=24, on_policy=True)
+    assert calls == expected
+    calls.clear()
+    setting.run(OBJECTIVES[name](), micro=24)
+    assert calls == ([True] if name == "bgpo" else [False, True])
+
+
+def test_pairs_that_score_nothing_cost_no_pass() -> None:
+    setting = Setting(LeftToRight(num_samples=100, region="canvas"))  # 8 positions, so 92 of 100 draws are empty
+    rows: list[int] = []
+    setting.policy.network.register_forward_hook(lambda _m, _a, kw, _o: rows.append(len(kw["input_ids"])), with_kwargs=True)
+    setting.run(Reinforce(), micro=50, on_policy=True)
+    assert sum(rows) == 6 * 8
+
+
+def test_the_difference_between_the_passes_is_reported() -> None:
+    setting = Setting()
+    assert setting.run(ELBORatio())[1]["engine/pass_difference"] == 0.0
+    calls = count_calls(setting.policy)
+
+    def disturb(_module: torch.nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (torch.arange(output.shape[-1]) % 7) * 1e-3 * len(calls)
+
+    setting.policy.network.get_output_embeddings().register_forward_hook(disturb)
+    assert setting.run(ELBORatio())[1]["engine/pass_difference"] > 1e-3
+
+
+def test_rows_can_come_in_any_order_and_zero_advantages_can_be_left_out() -> None:
+    setting = Setting()
+    for name in ("bgpo", "elbo_ratio", "grpo", "aggregation_token-mean", "aggregation_seq-mean-token-mean"):
+        objective = OBJECTIVES[name]()
+        if objective.uses_reference:
+            objective.kl_coef = 0.0  # type: ignore[attr-defined]
+        expected = setting.run(objective)[2]
+        found = setting.run(objective, rows=torch.tensor([3, 0, 5, 1, 2]))[2]  # 4 has advantage 0
+        assert (found - expected).norm() <= 1e-10 * expected.norm()
 
 
 def test_saved_bytes_do_not_grow_with_the_number_of_samples() -> None:
     policy = make_policy(torch.float32)
     completions = make_completions(policy, batch=16, length=16)
     advantages = torch.linspace(-1, 1, 16)
+    totals = Totals(16, 256, 16)
 
-    def peak(samples: int) -> int:
+    def peak(objective: Objective, samples: int, driver: str) -> int:
+        engine = Engine(completions, Masks(StratifiedCounts(num_samples=samples), 3, 5), micro_samples=16)
+        scores = engine.score(make_policy(torch.float32, seed=1))
         with SavedBytes() as saved:
-            engine(policy, completions, samples, 16, advantages=advantages)
+            engine.backward(policy, objective, advantages, totals, old=Old(scores), driver=driver)
+        policy.network.zero_grad()
         return saved.peak
 
-    def alone(samples: int) -> list[int]:
-        masks, peaks = Masks(StratifiedCounts(num_samples=samples), seed=3, step=5), []
+    def alone(samples: int) -> int:
+        masks, peaks = Masks(StratifiedCounts(num_samples=samples), 3, 5), []
         for j in range(samples):
+            corruption = masks.draw(policy, completions, torch.full((16,), j))
             with SavedBytes() as saved:
-                corruption = masks.draw(policy, completions, torch.full((16,), j))
-                logps = token_logps(policy, completions, corruption).unsqueeze(1)
-                weights = corruption.weight.unsqueeze(1)
-                BGPO().loss(LossInputs(logps, logps.detach(), weights, advantages, 16 * samples)).loss.backward()
+                token_logps(policy, completions, corruption).sum().backward()
             peaks.append(saved.peak)
         policy.network.zero_grad()
-        return peaks
+        return max(peaks)
 
     for samples in (4, 16, 64):
-        assert peak(samples) <= 1.02 * max(alone(samples))
-
-    with SavedBytes() as retained:
-        terms = elbo_by_hand(policy, completions, 8)
-        paper_loss(terms, terms.detach(), advantages).backward()
-    assert retained.peak > 6 * max(alone(8)), "the meter must see graphs that are kept"
+        assert peak(BGPO(), samples, "single_pass") <= 1.02 * alone(samples)
+        assert peak(ELBORatio(), samples, "two_pass") <= 1.02 * alone(samples)
+    assert peak(ELBORatio(), 16, "retained") > 12 * alone(16), "the meter must see graphs that are kept"
 
 
-def test_no_pass_is_made_for_old_values(policy: Policy, completions: Completions) -> None:
-    calls: list[bool] = []
-    policy.network.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    old = engine(policy, completions, 4, 6)[0]
-    engine(policy, completions, 4, 6, old)
-    assert calls == [True] * 8  # 6 x 4 pairs in chunks of 6, twice
+def test_halves_add_up_and_are_seen_in_between() -> None:
+    setting = Setting()
+    whole = setting.run(ELBORatio())[2]
+    half: list[Tensor] = []
+
+    def at_half() -> None:
+        half.append(torch.cat([parameter.grad.flatten() for parameter in setting.policy.network.parameters()]).clone())
+
+    for name in ("bgpo", "elbo_ratio"):
+        half.clear()
+        whole = setting.run(OBJECTIVES[name]())[2]
+        again = setting.run(OBJECTIVES[name](), at_half=at_half)[2]
+        assert (again - whole).norm() <= 1e-10 * whole.norm()
+        assert len(half) == 1 and 0.05 < half[0].norm() / whole.norm() < 20
+    # For a linear objective the even samples alone, at half weight, are the first half.
+    scores = setting.run(Reinforce())[0]
+    half.clear()
+    setting.run(Reinforce(), at_half=at_half)
+    loss = torch.zeros((), dtype=torch.float64)
+    for j in (0, 2):
+        corruption = setting.masks.draw(setting.policy, setting.completions, torch.full((6,), j))
+        logps = token_logps(setting.policy, setting.completions, corruption)
+        loss = loss - (ADVANTAGES * corruption.weight * logps.sum(1)).sum() / (6 * scores.logps.shape[1])
+    loss.backward()
+    assert (gradient(setting.policy) - half[0]).norm() <= 1e-10 * half[0].norm()
 
 
-def test_rows_can_come_in_any_order(policy: Policy, completions: Completions) -> None:
-    order = torch.tensor([3, 0, 5, 1, 4, 2])
-    expected = engine(policy, completions, 4, 7)[2]
-    found = engine(policy, completions.rows(order), 4, 7, advantages=ADVANTAGES[order])[2]
-    assert (found - expected).norm() <= 1e-10 * expected.norm()
+def test_scores_are_those_of_token_logps() -> None:
+    setting = Setting(Coupled(num_samples=4))
+    scores = Engine(setting.completions, setting.masks, micro_samples=5).score(setting.policy)
+    for j in range(4):
+        corruption = setting.masks.draw(setting.policy, setting.completions, torch.full((6,), j))
+        with torch.no_grad():
+            expected = token_logps(setting.policy, setting.completions, corruption)
+        torch.testing.assert_close(scores.logps[:, j], expected, rtol=0, atol=1e-12)
+        assert torch.equal(scores.weights[:, j], corruption.weight)
+        hidden = (corruption.canvas == setting.policy.mask_id).double().mean(1)
+        torch.testing.assert_close(scores.mask_ratio[:, j], hidden)
 
 
-@pytest.mark.parametrize("advantage", [1.0, -1.0])
-def test_one_step_moves_the_elbo_with_the_sign_of_the_advantage(
-    policy: Policy, completions: Completions, advantage: float
-) -> None:
-    one = completions.rows(slice(0, 1))
-    before = elbo_by_hand(policy, one, 64).mean().item()
-    step = engine(policy, one, 64, 64, advantages=torch.tensor([advantage], dtype=torch.float64))[2]
-    offset = 0
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter -= 1e-4 * step[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-    assert (elbo_by_hand(policy, one, 64).mean().item() - before) * advantage > 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_delta_is_exactly_zero_at_the_old_policy(dtype: torch.dtype) -> None:
+    setting = Setting(dtype=dtype)
+    engine = Engine(setting.completions, setting.masks, micro_samples=5)
+    totals = Totals(6, 48, 8)
+    first, _ = engine.backward(setting.policy, BGPO(), setting.advantages, totals)
+    again, metrics = engine.backward(setting.policy, BGPO(), setting.advantages, totals, old=Old(first))
+    assert (again.terms - first.terms).abs().max().item() == 0.0
+    assert metrics["loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-6)
 
 
-def test_an_objective_that_is_not_separable_is_refused(policy: Policy, completions: Completions) -> None:
-    class Joint:
-        separable = False
+def test_masks_of_inner_updates_differ_and_default_to_the_same() -> None:
+    setting = Setting()
+    draws = [Masks(setting.likelihood, 3, 5, inner).draw(setting.policy, setting.completions, torch.zeros(6).long())
+             for inner in (0, 0, 1)]
+    assert torch.equal(draws[0].scored, draws[1].scored)
+    assert not torch.equal(draws[0].scored, draws[2].scored)
 
-        def loss(self, inputs: LossInputs) -> LossOutput:
-            return LossOutput(inputs.logps.sum().exp(), {})
 
-    with pytest.raises(TypeError, match="Joint is not separable"):
-        backward(policy, Joint(), completions, ADVANTAGES, Masks(StratifiedCounts(), 0, 0), old=None, num_terms=1,
-                 micro_samples=1)
+def test_an_unknown_driver_is_refused() -> None:
+    with pytest.raises(ValueError, match="driver=three_pass"):
+        Setting().run(BGPO(), "three_pass", on_policy=True)

@@ -12,16 +12,22 @@ from torch import Tensor
 
 from dllm_rl.errors import UserError
 from dllm_rl.objectives.base import LossInputs
-from dllm_rl.objectives.bgpo import BGPO, bgpo_terms
+from dllm_rl.objectives.bgpo import BGPO, bgpo_factors
+from tests.conftest import loss_inputs
 
 INF = math.inf
+
+
+def bgpo_terms(delta: Tensor, advantage: Tensor, max_delta: float, chunk: int = 1) -> Tensor:
+    """N g_j."""
+    return advantage * bgpo_factors(delta, advantage, max_delta, chunk)
 
 
 def inputs(delta: Tensor, advantages: Tensor) -> LossInputs:
     """Log-probabilities whose ELBO terms differ from the old ones by `delta` [B, n]: one position, weight 2."""
     old = torch.zeros(*delta.shape, 1, dtype=delta.dtype)
     weights = torch.full(delta.shape, 2.0, dtype=delta.dtype)
-    return LossInputs((delta / 2).unsqueeze(-1), old, weights, advantages, num_terms=delta.numel())
+    return loss_inputs((delta / 2).unsqueeze(-1), old, weights, advantages)
 
 
 def test_numbers_by_hand() -> None:
@@ -100,9 +106,64 @@ def test_lost_bounds_are_counted() -> None:
     delta = torch.tensor([[25.0, 5.0], [25.0, 30.0], [21.0, -50.0]])
     # Only negative advantages use the exponential: rows two and three have three samples above 20 out of six in all.
     metrics = BGPO().loss(inputs(delta, torch.tensor([1.0, -1.0, -1.0]))).metrics
-    assert metrics["delta/above_max"].item() == pytest.approx(3 / 6)
+    total, count = metrics["delta/above_max"]
+    assert total.item() / count.item() == pytest.approx(3 / 6)
 
 
 def test_max_delta_must_be_positive() -> None:
     with pytest.raises(UserError, match=r"objective\.max_delta=0"):
         BGPO(max_delta=0)
+
+
+@pytest.mark.parametrize("advantage", [0.7, -1.3])
+def test_the_bound_rises_with_the_chunk_to_the_exact_objective(advantage: float) -> None:
+    delta = torch.randn(50, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    column = torch.full((50, 1), advantage, dtype=torch.float64)
+    values = [bgpo_terms(delta, column, INF, chunk).mean(1) for chunk in (1, 2, 4, 8)]
+    exact = advantage * delta.mean(1).exp()
+    for lower, upper in zip(values, [*values[1:], exact], strict=True):
+        assert (lower <= upper + 1e-12).all()
+    if advantage < 0:
+        torch.testing.assert_close(values[-1], exact, rtol=1e-12, atol=0)
+    else:
+        torch.testing.assert_close(values[-1], values[0], rtol=0, atol=0)
+
+
+def test_chunk_numbers_by_hand() -> None:
+    delta = torch.tensor([[1.0, 3.0, 0.0, -2.0]], dtype=torch.float64)
+    # Means 2 and -1, each counted twice out of four: -(e^2 + e^-1) / 2.
+    loss = BGPO(chunk=2).loss(inputs(delta, torch.tensor([-1.0], dtype=torch.float64))).loss
+    assert loss.item() == pytest.approx((math.exp(2) + math.exp(-1)) / 2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(-3, 3), st.lists(st.floats(-8, 8), min_size=1, max_size=6), st.floats(0.01, 2), st.floats(0.01, 0.9))
+def test_clipping_only_lowers_the_bound(advantage: float, values: list[float], high: float, low: float) -> None:
+    delta, one = torch.tensor([values], dtype=torch.float64), torch.tensor([advantage], dtype=torch.float64)
+    plain, clipped = (BGPO(max_delta=INF, clip_low=a, clip_high=b).loss(inputs(delta, one)).loss.item()
+                      for a, b in ((None, None), (low, high)))
+    assert -clipped <= -plain + 1e-9 * max(1, abs(plain))
+    zero = torch.zeros_like(delta)
+    assert BGPO(clip_low=low, clip_high=high).loss(inputs(zero, one)).loss.item() == pytest.approx(-advantage)
+
+
+def test_a_clipped_sample_has_no_gradient() -> None:
+    delta = torch.tensor([[0.05, 0.5], [-0.05, -0.5]], dtype=torch.float64, requires_grad=True)
+    output = BGPO(clip_low=0.2, clip_high=0.2).loss(inputs(delta, torch.tensor([1.0, -1.0], dtype=torch.float64)))
+    output.loss.backward()
+    assert delta.grad is not None
+    assert (delta.grad != 0).tolist() == [[True, False], [True, False]]
+    total, count = output.metrics["objective/clipped"]
+    assert total / count == 0.5
+
+
+@pytest.mark.parametrize(("fields", "key"), [({"chunk": 0}, "chunk"), ({"clip_low": 0.0}, "clip_low"),
+                                             ({"aggregation": "mean"}, "aggregation"), ({"horizon": 0}, "horizon")])
+def test_bad_values_name_their_key(fields: dict[str, object], key: str) -> None:
+    with pytest.raises(UserError, match=rf"objective\.{key}="):
+        BGPO(**fields)  # type: ignore[arg-type]
+
+
+def test_the_chunk_must_divide_the_samples() -> None:
+    with pytest.raises(UserError, match=r"objective\.chunk=3: must be a divisor of likelihood\.num_samples=16"):
+        BGPO(chunk=3).check_samples(16)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.corruption import StratifiedCounts, random_subset, stratified_counts, through_first
+from dllm_rl.diffusion.corruption import lowest, stratified_counts, through_first
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.likelihood import elbo_terms, token_logps
 from dllm_rl.errors import UserError
 from dllm_rl.types import Completions, PromptBatch
@@ -119,7 +120,7 @@ def test_counts_are_uniform_and_positions_too() -> None:
 def test_the_draws_of_a_sequence_are_stratified() -> None:
     start = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     length = torch.full((500,), 12)
-    counts = torch.stack([stratified_counts(start, torch.full((500,), j), 4, length) for j in range(4)], 1)
+    counts = torch.stack([stratified_counts((start + j / 4) % 1, length) for j in range(4)], 1)
     strata = (counts - 1) // 3  # {1..12} in four strata of three
     assert torch.equal(strata.sort(1).values, torch.arange(4).expand(500, 4))
 
@@ -139,10 +140,10 @@ def test_through_first() -> None:
     assert found.tolist() == [[True, True, False, False], [True, False, False, False], [True] * 4]
 
 
-def test_random_subset_takes_the_least_noise() -> None:
+def test_lowest_takes_the_least_noise() -> None:
     region = torch.tensor([[True, True, False, True]])
     noise = torch.tensor([[0.5, 0.2, 0.0, 0.9]])
-    assert random_subset(region, torch.tensor([2]), noise).tolist() == [[True, True, False, False]]
+    assert lowest(region, torch.tensor([2]), noise).tolist() == [[True, True, False, False]]
 
 
 def test_masks_depend_on_nothing_but_their_key() -> None:

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
     ("errors", "types", "task", "rows", "sandbox", "sandbox_runner", "memory"),
     ("diffusion", "models"),
-    ("objectives", "advantages", "accumulate"),
-    ("optimization", "checkpoint", "tracking", "experience", "evaluation", "supervised", "trainer"),
+    ("objectives", "advantages", "scoring", "accumulate", "diagnostics"),
+    ("optimization", "checkpoint", "tracking", "experience", "evaluation", "supervised", "update", "trainer"),
     ("config", "commands", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

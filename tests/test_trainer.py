@@ -10,8 +10,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.checkpoint import latest_checkpoint, load_state
-from dllm_rl.diffusion.corruption import StratifiedCounts
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.experience import Experience, collect, pick_prompts
@@ -63,8 +64,9 @@ def training(folder: Path, steps: int, *, policy: Policy | None = None, task: Ta
     optimizer = Optimizer(OptimizerConfig(lr=3e-3, warmup_steps=2), policy.network.parameters(), total)
     return Training(
         policy=policy, task=task or Letters(), sampler=LowConfidence(), likelihood=StratifiedCounts(num_samples=2),
-        objective=BGPO(), optimizer=optimizer, config=trainer, evaluation=EvaluationConfig(num_prompts=4),
-        accelerator=Accelerator(), folder=RunFolder.open(folder, {"seed": 0}, from_step=0), seed=0,
+        objective=BGPO(), advantage=AdvantageConfig(), optimizer=optimizer, config=trainer,
+        evaluation=EvaluationConfig(num_prompts=4), accelerator=Accelerator(),
+        folder=RunFolder.open(folder, {"seed": 0}, from_step=0), seed=0,
     )
 
 
@@ -154,7 +156,7 @@ def test_rollouts_file_has_every_completion(tmp_path: Path) -> None:
 
 def test_infra_errors_leave_their_group() -> None:
     task = Letters(infra_every=4)
-    experience = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, seed=0, step=1)
+    experience = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, AdvantageConfig(), seed=0, step=1)
     assert experience.metrics()["reward/infra_error"] == 4
     assert not experience.advantages[::4].any()
 
@@ -162,12 +164,12 @@ def test_infra_errors_leave_their_group() -> None:
 def test_a_failing_grader_stops_the_run() -> None:
     task = Letters(infra_every=1)
     with pytest.raises(RuntimeError, match="failed on 16 of 16"):
-        collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, seed=0, step=1)
+        collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, AdvantageConfig(), seed=0, step=1)
 
 
 def test_experience_metrics_by_hand() -> None:
     task = Letters()
-    base = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 2, seed=0, step=1)
+    base = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 2, AdvantageConfig(), seed=0, step=1)
     rewards = [Reward(1.0, "correct"), Reward(0.0, "wrong"), Reward(0.5, "wrong"), Reward(0.0, "infra_error")]
     experience = Experience(base.prompts, base.completions, ["x", "x", "y", "z"], rewards, torch.tensor([1.0, -1, 0, 0]), 2)
     metrics = experience.metrics()

@@ -163,6 +163,13 @@ def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:
     return policy
 
 
+def reference_policy(settings: Settings, device: torch.device) -> Policy:
+    """The policy that a KL term pulls towards: the one at `model.path`, frozen."""
+    policy = build_policy(settings).frozen_copy()
+    policy.network.to(device)
+    return policy
+
+
 def require_model_path(settings: Settings) -> str:
     path: str | None = settings["model"].path
     if not path:

@@ -20,13 +20,17 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     path = common.run_directory("train", settings, ("task", "algorithm"))
     RunFolder.claim(path, settings["resume"], common.plain(config))
     settings["sampler"].plan(task.completion_length)
+    settings["objective"].check_samples(settings["likelihood"].num_samples)
     task.prompts("train"), task.prompts("test")  # bad data end the run before there is a folder
 
     start = common.prepare(settings, config, path, trainer.steps * trainer.inner_updates)
+    # The model that training started from, also where a killed run continues.
+    reference = common.reference_policy(settings, start.policy.device) if settings["objective"].uses_reference else None
     train(Training(
         policy=start.policy, task=task, sampler=settings["sampler"], likelihood=settings["likelihood"],
-        objective=settings["objective"], optimizer=start.optimizer, config=trainer, evaluation=settings["evaluation"],
-        accelerator=start.accelerator, folder=start.folder, seed=seed, done=start.done,
+        objective=settings["objective"], advantage=settings["advantage"], optimizer=start.optimizer, config=trainer,
+        evaluation=settings["evaluation"], accelerator=start.accelerator, folder=start.folder, seed=seed, done=start.done,
+        reference=reference,
     ))
     print(f"checkpoints: {path / 'checkpoints'}\nreward curve: {path / 'plots' / 'reward.png'}\n"
           f"next: dllm-rl evaluate task={common.group_choice('task')} model.path={path}")

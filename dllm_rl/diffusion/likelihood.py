@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -21,21 +23,24 @@ class Denoiser(Protocol):
         """[K, V] float logits at the K True entries of `positions` [B, L], in row-major order."""
 
 
-class Likelihood(Protocol):
-    """Which corruptions are drawn, with which weights: a member of the Hydra group `likelihood`."""
-
-    num_samples: int
-
-    def draw(
-        self, completions: Completions, sample: Tensor, *, seed: int, step: int, mask_id: int, eos_id: int
-    ) -> Corruption: ...
+def scored_logits(policy: Denoiser, completions: Completions, corruption: Corruption) -> Tensor:
+    """[K, V] logits at the K scored positions: float32 (float64 for a float64 model)."""
+    prompts = replace(completions.prompts, ids=corruption.prompt)
+    logits = policy.logits(prompts, corruption.canvas, corruption.scored)
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def token_logps(policy: Denoiser, completions: Completions, corruption: Corruption) -> Tensor:
-    """log p(y_i | corrupted y, x) at the scored positions, 0 elsewhere: [B, L] float32 (float64 for a float64 model)."""
+def token_logps(
+    policy: Denoiser, completions: Completions, corruption: Corruption, look: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """log p(y_i | corrupted y, x) at the scored positions, 0 elsewhere: [B, L] float32 (float64 for a float64 model).
+
+    `look` is shown the detached [K, V] logits, for figures that need the whole distribution.
+    """
     scored = corruption.scored
-    logits = policy.logits(completions.prompts, corruption.canvas, scored)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = scored_logits(policy, completions, corruption)
+    if look is not None:
+        look(logits.detach())
     picked = -F.cross_entropy(logits, completions.ids[scored], reduction="none")
     return torch.zeros(scored.shape, dtype=picked.dtype, device=picked.device).masked_scatter(scored, picked)
 

@@ -7,6 +7,7 @@ FSDP2, ZeRO) keep working.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Policy:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self._head_rows: Tensor | None = None
+        network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
         network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
         self._probe()
 
@@ -107,6 +109,14 @@ class Policy:
             end = row.index(self.eos_id) if self.eos_id in row else len(row)
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
         return texts
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now, in memory of its own; its parameters take no gradient."""
+        twin = copy.deepcopy(self)
+        for parameter in twin.network.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        return twin
 
     def save(self, folder: Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer: plain transformers classes load them again."""

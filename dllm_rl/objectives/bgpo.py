@@ -7,46 +7,75 @@ With l_j the ELBO terms of one completion, δ_j = l_j − l_old,j on the same ma
     A < 0:   g_j = A exp(δ_j) / N           since exp(mean δ) ≤ mean exp(δ)     (Jensen)
     Σ_j g_j  ≤  A exp(mean_j δ_j),          equal in value and gradient where δ = 0 (on-policy)
 
-The loss is −Σ_j g_j averaged over completions. No clipping and no KL term, as in the paper.
+The loss is −Σ_j g_j averaged over completions. The defaults are the paper's: no clipping, no KL term, chunk = 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from einops import rearrange
+from einops import reduce, repeat
 from torch import Tensor
 
-from dllm_rl.diffusion.likelihood import elbo_terms
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, exp_with_tangent, share
 
 
 @dataclass
-class BGPO:
+class BGPO(Objective):
     """BGPO (`objective=bgpo`)."""
 
     max_delta: float = 20.0
     """Above it, exp(δ) of the A < 0 branch goes on as its tangent, which keeps loss and gradients finite for any δ. The
     bound is lost there; such samples are counted in `delta/above_max`. inf: the paper's formula everywhere."""
-    separable: ClassVar[bool] = True
+    chunk: int = 1
+    """m: for A < 0, Jensen's inequality is applied to the means of m consecutive samples. 1 is BGPO, N the exact objective;
+    the bound rises with every coarsening. Above 1 the engine needs a second pass."""
+    clip_low: float | None = None
+    """For A < 0 no gradient where exp(δ) < 1 − clip_low. null: no clipping (paper)."""
+    clip_high: float | None = None
+    """For A >= 0 no gradient where 1 + δ > 1 + clip_high. Both clips only lower the bound, and keep value and gradient at
+    θ_old."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.max_delta > 0, "objective.max_delta", self.max_delta, "a number > 0 (inf for no limit)")
+        check(self.chunk >= 1, "objective.chunk", self.chunk, "an integer >= 1 that divides likelihood.num_samples")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"objective.{name}", value, "a number > 0, or null")
+
+    @property
+    def separable(self) -> bool:
+        return self.chunk == 1
+
+    @property
+    def ratio_only(self) -> bool:
+        return True
+
+    def check_samples(self, num_samples: int) -> None:
+        valid = f"a divisor of likelihood.num_samples={num_samples}"
+        check(num_samples % self.chunk == 0, "objective.chunk", self.chunk, valid)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Minus the bound, for the given samples. See `LossInputs` for shapes."""
-        delta = elbo_terms(inputs.logps, inputs.weights) - elbo_terms(inputs.old_logps, inputs.weights)
-        advantage = rearrange(inputs.advantages, "b -> b 1")
-        bound = bgpo_terms(delta, advantage, self.max_delta)
-        above = (delta > self.max_delta) & (advantage < 0)
-        return LossOutput(-bound.sum() / inputs.num_terms, {"delta/above_max": above.sum() / inputs.num_terms})
+        delta, advantage = inputs.delta, column(inputs.advantages, inputs.weights)
+        factors = bgpo_factors(delta, advantage, self.max_delta, self.chunk)
+        low = None if self.clip_low is None else 1 - self.clip_low
+        high = None if self.clip_high is None else 1 + self.clip_high
+        clipped = clip_factors(factors, advantage, low, high)
+        bound = (advantage * clipped).sum(1) / inputs.num_samples
+        everywhere = torch.ones_like(delta, dtype=torch.bool)
+        return LossOutput(-inputs.reduce(bound), {
+            "delta/above_max": share((delta > self.max_delta) & (advantage < 0), everywhere),
+            "delta/below_minus_one": share((delta < -1) & (advantage >= 0), everywhere),
+            "objective/clipped": share(clipped != factors, everywhere),
+        })
 
 
-def bgpo_terms(delta: Tensor, advantage: Tensor, max_delta: float) -> Tensor:
-    """N g_j for every sample: δ [B, n] and A [B, 1] -> [B, n].
+def bgpo_factors(delta: Tensor, advantage: Tensor, max_delta: float, chunk: int = 1) -> Tensor:
+    """N g_j / A for every sample: δ [B, n] and A [B, 1] -> [B, n].
 
     Each branch is fed zeros where the other one applies: `where` alone would pass the NaN gradient of an overflowing exp
     into rows that do not use it.
@@ -54,7 +83,16 @@ def bgpo_terms(delta: Tensor, advantage: Tensor, max_delta: float) -> Tensor:
     gains = advantage >= 0
     linear = 1 + torch.where(gains, delta, 0.0)
     losing = torch.where(gains, 0.0, delta)
-    capped = losing.clamp(max=max_delta)
-    # exp(capped) is constant above the limit, so its tangent there adds (δ - limit) exp(limit).
-    exponential = capped.exp() * (1 + (losing - capped))
-    return advantage * torch.where(gains, linear, exponential)
+    if chunk > 1:
+        losing = repeat(reduce(losing, "b (c m) -> b c", "mean", m=chunk), "b c -> b (c m)", m=chunk)
+    return torch.where(gains, linear, exp_with_tangent(losing, max_delta))
+
+
+def clip_factors(factors: Tensor, advantage: Tensor, low: float | None, high: float | None) -> Tensor:
+    """At most `high` where A >= 0, at least `low` where A < 0: A x factor can only fall."""
+    gains = advantage >= 0
+    if high is not None:
+        factors = torch.where(gains, factors.clamp(max=high), factors)
+    if low is not None:
+        factors = torch.where(gains, factors, factors.clamp(min=low))
+    return factors

@@ -1,0 +1,46 @@
+"""KL terms in the loss, from one log-ratio log π/π_ref per unit (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+
+    k1 = log π/π_ref                            gradient ∇log π: zero in expectation, so it regularises nothing
+    k2 = (log π/π_ref)² / 2                     gradient log(π/π_ref) ∇log π: that of the reverse KL, on-policy (ESPO)
+    k3 = π_ref/π − 1 + log π/π_ref              gradient (1 − π_ref/π) ∇log π: not that of the reverse KL, but >= 0 (GRPO)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dllm_rl.errors import check
+from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective
+
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+def kl(ratio: Tensor, estimator: str) -> Tensor:
+    """The estimate of each unit from its log π/π_ref. Any shape."""
+    if estimator == "k1":
+        return ratio
+    if estimator == "k2":
+        return ratio.square() / 2
+    inverse = -ratio
+    return inverse.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - 1 - inverse
+
+
+@dataclass
+class KLObjective(Objective):
+    """An objective with a KL term towards the reference policy, the model that training started from."""
+
+    kl_coef: float = 0.0
+    """0: no reference policy is loaded and no pass is made for it."""
+    kl_estimator: str = "k3"
+    """k1 | k2 | k3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.kl_coef >= 0, "objective.kl_coef", self.kl_coef, "a number >= 0")
+        check(self.kl_estimator in KL_ESTIMATORS, "objective.kl_estimator", self.kl_estimator, ", ".join(KL_ESTIMATORS))
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl_coef > 0

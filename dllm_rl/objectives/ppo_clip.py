@@ -1,0 +1,84 @@
+"""PPO's clipped surrogate, and GRPO as PPO's surrogate with group advantages.
+
+With r the ratio of a unit (see `levels`), minimised per unit:
+
+    max( −A r, −A clip(r, 1 − clip_low, 1 + clip_high) )  +  kl_coef KL(log π/π_ref)
+    A < 0 with dual_clip = c:   min( the above, −A c )
+
+Sources: Schulman et al. 2017, eq. 7; GRPO, arXiv 2402.03300, eq. 3; dual clip, arXiv 1912.09729, eq. 5; clip-higher, DAPO,
+arXiv 2503.14476. The gradient is −A r ∇log π inside the window and 0 outside. Clipping acts only off-policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_rl.errors import check
+from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, column, share
+from dllm_rl.objectives.kl import KLObjective, kl
+from dllm_rl.objectives.levels import LEVELS, SEPARABLE_LEVELS, units
+
+
+@dataclass
+class PPOClip(KLObjective):
+    """PPO clip (`objective=ppo_clip`)."""
+
+    level: str = "sample_token"
+    """Where ratios are formed: sample_token | sample | token | sequence (see `levels`)."""
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    """Above clip_low it is clip-higher (DAPO uses 0.28)."""
+    dual_clip: float | None = None
+    """c > 1 bounds the loss of A < 0; verl uses 3. null: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.level in LEVELS, "objective.level", self.level, ", ".join(LEVELS))
+        check(self.clip_low >= 0, "objective.clip_low", self.clip_low, "a number >= 0")
+        check(self.clip_high >= 0, "objective.clip_high", self.clip_high, "a number >= 0")
+        check(self.dual_clip is None or self.dual_clip > 1, "objective.dual_clip", self.dual_clip, "a number > 1, or null")
+
+    @property
+    def separable(self) -> bool:
+        return self.level in SEPARABLE_LEVELS
+
+    @property
+    def ratio_only(self) -> bool:
+        return True
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        delta, reference, weight = units(inputs, self.level)
+        advantage = column(inputs.advantages, delta)
+        losses, clipped = clipped_surrogate(delta, advantage, self.clip_low, self.clip_high, self.dual_clip)
+        exists = weight > 0
+        metrics = {"objective/clipped": share(clipped, exists)}
+        if reference is not None:
+            divergence = kl(reference, self.kl_estimator)
+            losses = losses + self.kl_coef * divergence
+            metrics["kl/mean"] = share(divergence, exists)
+        return LossOutput(inputs.reduce((weight * losses).sum(1)), metrics)
+
+
+@dataclass
+class GRPO(PPOClip):
+    """GRPO (`objective=grpo`): every sequence counts the same, KL coefficient 0.04 (DeepSeekMath, arXiv 2402.03300)."""
+
+    aggregation: str = "seq-mean-token-mean"
+    kl_coef: float = 0.04
+
+
+def clipped_surrogate(
+    delta: Tensor, advantage: Tensor, low: float, high: float, dual: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each unit, and whether its gradient is clipped away: log-ratios [B, U] and A [B, 1] -> two [B, U]."""
+    ratio = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    plain, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
+    losses, clipped = torch.maximum(plain, bounded), bounded > plain
+    if dual is not None:
+        ceiling = -advantage * dual
+        too_far = (advantage < 0) & (losses > ceiling)
+        losses, clipped = torch.where(too_far, ceiling, losses), clipped | too_far
+    return losses, clipped

@@ -1,0 +1,44 @@
+"""wd1: weighted log-likelihood, with no ratio and no old or reference policy.
+
+    loss = 1/G Σ_i ( −w_i⁺ + w_i⁻ ) log π(o_i),    w⁺ = softmax(ψ A),  w⁻ = softmax(−ψ A) over the group
+
+Good completions are pulled up and bad ones pushed down, each side with total weight 1. Linear in the samples.
+Source: arXiv 2507.08838. Its code takes the softmax over the local batch; this one over the group, as the paper has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dllm_rl.errors import check
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, weighted_logp_loss
+
+
+@dataclass
+class WD1(Objective):
+    """wd1 (`objective=wd1`)."""
+
+    psi: float = 1.0
+    """ψ: how sharply advantages turn into weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.psi > 0, "objective.psi", self.psi, "a number > 0")
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
+        """w⁺ − w⁻: [B] -> [B]; exactly 0 in a group of equal advantages and for completions without a grade."""
+        grouped = rearrange(self.psi * advantages, "(p g) -> p g", g=group_size)
+        kept = rearrange(valid, "(p g) -> p g", g=group_size)
+        up, down = (torch.where(kept, sign * grouped, -torch.inf).softmax(1).nan_to_num() for sign in (1, -1))
+        return rearrange(up - down, "p g -> (p g)")
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        return LossOutput(weighted_logp_loss(inputs, torch.ones_like(inputs.logps)), {})

@@ -1,0 +1,176 @@
+"""Completions under all of their corruptions: drawing, evaluating and recording them, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_rl.diffusion import divergence as divergences
+from dllm_rl.diffusion.corruption import Likelihood
+from dllm_rl.diffusion.divergence import Support
+from dllm_rl.diffusion.likelihood import Denoiser, elbo_terms, scored_logits, token_logps
+from dllm_rl.types import Completions, Corruption
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Where corruptions come from: everything but the completions and the sample number."""
+
+    likelihood: Likelihood
+    seed: int
+    step: int
+    inner: int = 0
+    """Number of the inner update, for methods that draw new masks for each; 0 gives all inner updates the same."""
+
+    def draw(self, policy: Denoiser, completions: Completions, sample: Tensor) -> Corruption:
+        return self.likelihood.draw(
+            completions, sample, seed=self.seed, step=self.step + (self.inner << 32), mask_id=policy.mask_id,
+            eos_id=policy.eos_id,
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known about completions under all N corruptions; no graph."""
+
+    logps: Tensor
+    """[B, N, L], 0 where a sample does not score a position."""
+    scored: Tensor
+    """[B, N, L] bool."""
+    weights: Tensor
+    """[B, N] float64."""
+    mask_ratio: Tensor
+    """[B, N] float64: the share of the region's tokens that the model does not see."""
+    region: Tensor
+    """[B, L] bool."""
+    support: Support | None = None
+    """[B, N, L, S]: a part of the distribution at each position, kept for top-K divergences from it."""
+    divergence: Tensor | None = None
+    """[B, N, L]: divergence from the policy that sampled, where the objective asks for one."""
+
+    @property
+    def terms(self) -> Tensor:
+        """ELBO terms l_j, [B, N]."""
+        return elbo_terms(self.logps, self.weights)
+
+
+@dataclass(frozen=True)
+class Old:
+    """The policy that sampled, as far as later updates need it."""
+
+    scores: Scores
+    policy: Denoiser | None = None
+    """A frozen copy, for exact divergences."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some (sequence, sample) pairs with their corruptions."""
+
+    rows: Tensor
+    sample: Tensor
+    completions: Completions
+    corruption: Corruption
+
+
+class Recorder:
+    """Fills `Scores` chunk by chunk, and takes what needs whole distributions while the logits are there.
+
+    `top_k` > 0 keeps the support of later divergences; `divergence` names the one to measure from `old`.
+    """
+
+    def __init__(
+        self, completions: Completions, likelihood: Likelihood, policy: Denoiser, *, top_k: int = 0,
+        divergence: str | None = None, old: Old | None = None,
+    ) -> None:
+        ids = completions.ids
+        shape = (len(ids), likelihood.num_samples)
+        self._scored = torch.zeros(*shape, ids.shape[1], dtype=torch.bool, device=ids.device)
+        self._weights = torch.zeros(shape, dtype=torch.float64, device=ids.device)
+        self._mask_ratio = torch.zeros_like(self._weights)
+        self._region = likelihood.region_of(ids, policy.eos_id)
+        self._logps: Tensor | None = None
+        self._support: Support | None = None
+        self._divergence: Tensor | None = None
+        self._mask_id, self._top_k = policy.mask_id, top_k
+        self._kind = divergence if old else None
+        self._old = old
+
+    def note(self, chunk: Chunk) -> None:
+        """Records a corruption without a forward pass."""
+        rows, sample, corruption = chunk.rows, chunk.sample, chunk.corruption
+        region = self._region[rows]
+        hidden = (corruption.canvas == self._mask_id) & region
+        self._scored[rows, sample] = corruption.scored
+        self._weights[rows, sample] = corruption.weight
+        self._mask_ratio[rows, sample] = hidden.sum(1) / region.sum(1).double()
+
+    def forward(self, policy: Denoiser, chunk: Chunk) -> Tensor:
+        """Log-probabilities of a chunk, [C, L], with a graph if autograd is on; their values are recorded."""
+        self.note(chunk)
+
+        def look(logits: Tensor) -> None:
+            if self._top_k:
+                self._keep_support(chunk, logits)
+            if self._kind:
+                self._measure(chunk, logits)
+
+        logps = masked_forward(policy, chunk, look)
+        if chunk.corruption.scored.any():
+            if self._logps is None:
+                self._logps = logps.new_zeros(self._scored.shape)
+            self._logps[chunk.rows, chunk.sample] = logps.detach()
+        return logps
+
+    def scores(self) -> Scores:
+        logps = torch.zeros_like(self._scored, dtype=torch.float64) if self._logps is None else self._logps
+        return Scores(logps, self._scored, self._weights, self._mask_ratio, self._region, self._support, self._divergence)
+
+    def _keep_support(self, chunk: Chunk, logits: Tensor) -> None:
+        scored = chunk.corruption.scored
+        ids, logps = divergences.top_k_support(logits, chunk.completions.ids[scored], self._top_k)
+        if self._support is None:
+            shape = (*self._scored.shape, ids.shape[-1])
+            self._support = Support(ids.new_full(shape, -1), logps.new_zeros(shape))
+        rows, sample, position = _places(chunk)
+        self._support.ids[rows, sample, position] = ids
+        self._support.logps[rows, sample, position] = logps
+
+    def _measure(self, chunk: Chunk, logits: Tensor) -> None:
+        assert self._kind is not None and self._old is not None
+        family, measure = self._kind.split("_")
+        rows, sample, position = _places(chunk)
+        if family == "topk":
+            kept = self._old.scores.support
+            assert kept is not None, "the first update keeps the support of the later ones"
+            support = Support(kept.ids[rows, sample, position], kept.logps[rows, sample, position])
+            values = divergences.top_k(measure, logits, support)
+        else:
+            assert self._old.policy is not None, "exact divergences need the policy that sampled"
+            with torch.no_grad():
+                values = divergences.exact(
+                    measure, logits, scored_logits(self._old.policy, chunk.completions, chunk.corruption)
+                )
+        if self._divergence is None:
+            self._divergence = values.new_zeros(self._scored.shape)
+        self._divergence[rows, sample, position] = values
+
+
+def masked_forward(policy: Denoiser, chunk: Chunk, look: Callable[[Tensor], None] | None = None) -> Tensor:
+    """`token_logps` of a chunk, [C, L], without a forward pass for pairs that score nothing."""
+    active = chunk.corruption.scored.any(1)
+    if active.all():
+        return token_logps(policy, chunk.completions, chunk.corruption, look)
+    if not active.any():
+        return torch.zeros(chunk.corruption.scored.shape, device=active.device)
+    logps = token_logps(policy, chunk.completions.rows(active), chunk.corruption.rows(active), look)
+    return logps.new_zeros(chunk.corruption.scored.shape).index_put((active,), logps)
+
+
+def _places(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, sample and position of every scored token, in the order of the logits."""
+    pair, position = chunk.corruption.scored.nonzero(as_tuple=True)
+    return chunk.rows[pair], chunk.sample[pair], position
