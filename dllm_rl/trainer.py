@@ -80,7 +80,7 @@ def train(run: Training) -> None:
         _evaluate(run, 0)
     with Reporter(config.steps, run.done) as report:
         for step in range(run.done + 1, config.steps + 1):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             chosen = pick_prompts(prompts, config.prompts_per_step, seed=run.seed, step=step - 1)
             experience = collect(
                 run.policy, run.task, run.sampler, chosen, config.group_size, run.advantage, seed=run.seed, step=step
@@ -89,7 +89,8 @@ def train(run: Training) -> None:
             learned = update(run, experience, step)
             metrics = {
                 "step": step, **experience.metrics(), **learned, "time/rollout": rollout_end - start,
-                "time/update": time.perf_counter() - rollout_end, **memory_metrics(),
+                "time/update": time.perf_counter() - rollout_end, "time/cpu": time.process_time() - cpu_start,
+                **memory_metrics(),
             }
             run.folder.log("metrics.jsonl", [metrics])
             run.folder.log("rollouts.jsonl", experience.records(step))

@@ -1,0 +1,178 @@
+"""Compares algorithms on one task from the same start: a Hydra sweep, a table, a plot and the raw figures.
+
+Every arm gets the same starting model (per seed), prompts, rollout settings, optimizer and number of steps, and at most
+`--max-samples` forward passes per completion and update. Nothing is tuned: the optimizer is the toolkit's default for all.
+
+    scripts/compare_algorithms --seeds 5 --json compare.json              all online presets, 1 and 4 updates per batch
+    scripts/compare_algorithms --sweep arms --json arms.json              naive small N, two-pass, BGPO and REINFORCE
+
+Runs that are complete are not repeated, so that an interrupted comparison continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+"""0.975 quantiles of Student's t with 1, 2, ... degrees of freedom."""
+REPOSITORY = Path(__file__).parents[1]
+TASK = ("task=sudoku", "task.demonstrations_from=noisy")
+ALWAYS = ("sampler.remasking=low_confidence", "resume=auto", "trainer.save_every=1000")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table: a preset with changes, and the updates per rollout batch."""
+
+    name: str
+    overrides: tuple[str, ...]
+    inner_updates: int
+
+
+def preset_arms(max_samples: int) -> list[Arm]:
+    """Every online preset, on-policy and with 4 updates per batch."""
+    arms = []
+    for path in sorted((REPOSITORY / "conf" / "algorithm").glob("*.yaml")):
+        samples = yaml.safe_load(path.read_text()).get("likelihood", {}).get("num_samples")
+        default = "elbo" in path.read_text() and samples is None
+        changes = [f"algorithm={path.stem}"]
+        if default or not isinstance(samples, int | None) or (samples or 0) > max_samples:
+            changes.append(f"likelihood.num_samples={max_samples}")
+        arms += [Arm(path.stem, tuple(changes), inner) for inner in (1, 4)]
+    return arms
+
+
+def sample_arms(max_samples: int) -> list[Arm]:
+    """What the number of samples, the second pass and the bound are worth, off-policy.
+
+    Forward-equivalents of an off-policy update with N samples: single pass 3N, two passes 4N (a backward pass counts as two
+    forward passes), so two passes with 3/4 of the samples cost the same.
+    """
+    small, equal = max(1, max_samples // 8), max(1, 3 * max_samples // 4)
+    plan = [("naive elbo_ratio", "vrpo_ol", small), ("two-pass elbo_ratio", "vrpo_ol", max_samples),
+            ("two-pass elbo_ratio, equal cost", "vrpo_ol", equal), ("BGPO", "bgpo", max_samples), ("BGPO", "bgpo", small),
+            ("REINFORCE on ELBO", "reinforce", max_samples), ("REINFORCE on ELBO", "reinforce", small)]
+    return [Arm(f"{title}, N={n}", (f"algorithm={preset}", f"likelihood.num_samples={n}"), 4) for title, preset, n in plan]
+
+
+def dllm(*arguments: str) -> None:
+    """`dllm-rl ARGUMENTS`; its output is shown only if it fails."""
+    done = subprocess.run([sys.executable, "-m", "dllm_rl.cli", *arguments], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"dllm-rl {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def run_folder(out: Path, arm: Arm, seed: int) -> Path:
+    words = "-".join(item.split("=")[1] for item in arm.overrides)
+    return out / f"{words}-inner{arm.inner_updates}-seed{seed}"
+
+
+def run_seed(out: Path, arms: list[Arm], seed: int, steps: int, prompts: int) -> None:
+    """The start of a seed and all arms from it, one process after the other."""
+    start = out / f"start-seed{seed}"
+    if not (start / "checkpoints").exists():
+        dllm("sft", *TASK, f"seed={seed}", f"run_dir={start}", "resume=auto")
+    for arm in arms:
+        folder = run_folder(out, arm, seed)
+        done = folder / "evaluations.jsonl"
+        if done.exists() and json.loads(done.read_text().splitlines()[-1])["step"] == steps:
+            continue
+        dllm("train", *TASK, *arm.overrides, *ALWAYS, f"trainer.inner_updates={arm.inner_updates}", f"trainer.steps={steps}",
+             f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"seed={seed}", f"model.path={start}", f"run_dir={folder}")
+        print(f"seed {seed}: {arm.name}, {arm.inner_updates} updates per batch: {summary(folder)['sampled']:.3f}", flush=True)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Curve, final accuracies and CPU seconds of one run."""
+    metrics, evaluations = lines(folder / "metrics.jsonl"), lines(folder / "evaluations.jsonl")
+    return {
+        "curve": [row["reward/mean"] for row in metrics],
+        "greedy": evaluations[-1]["greedy/reward"], "sampled": evaluations[-1]["sampled/reward"],
+        "greedy_before": evaluations[0]["greedy/reward"], "sampled_before": evaluations[0]["sampled/reward"],
+        "cpu_seconds": sum(row["time/cpu"] for row in metrics),
+        "delta_max_abs": max(row.get("delta/max_abs", 0.0) for row in metrics),
+    }
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return values[0], float("nan")
+    quantile = T975[len(values) - 2] if len(values) - 2 < len(T975) else 2.0
+    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def report(results: list[dict[str, Any]], path: Path) -> None:
+    """Prints the table and draws final sampled accuracy per arm."""
+    print(f"\n{'arm':34} {'updates':>7} {'sampled accuracy':>20} {'greedy accuracy':>20} {'CPU s':>7}")
+    figure = Figure(figsize=(8, 0.28 * len(results) + 1.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ordered = sorted(results, key=lambda row: (row["inner_updates"], row["sampled_mean"]))
+    for height, row in enumerate(ordered):
+        print(f"{row['name']:34} {row['inner_updates']:>7} {row['sampled_mean']:>12.3f} ± {row['sampled_half']:.3f}"
+              f" {row['greedy_mean']:>12.3f} ± {row['greedy_half']:.3f} {row['cpu_seconds']:>7.0f}")
+        axes.errorbar(row["sampled_mean"], height, xerr=row["sampled_half"], fmt="o", color=f"C{row['inner_updates'] // 4}")
+    axes.set_yticks(range(len(ordered)), [f"{row['name']} ({row['inner_updates']})" for row in ordered], fontsize=7)
+    axes.axvline(statistics.mean(run["sampled_before"] for run in ordered[0]["runs"].values()), color="gray", ls=":")
+    axes.set(xlabel="sampled accuracy after training; dotted: before; in brackets: updates per batch")
+    axes.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", choices=("presets", "arms"), default="presets")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="rollout batches per run")
+    parser.add_argument("--prompts-per-step", type=int, default=16, help="with 8 completions each")
+    parser.add_argument("--max-samples", type=int, help="forward passes per completion and update: 4, or 16 for arms")
+    parser.add_argument("--only", nargs="*", help="only these presets")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="seeds run at the same time")
+    parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    max_samples = options.max_samples or (4 if options.sweep == "presets" else 16)
+    arms = preset_arms(max_samples) if options.sweep == "presets" else sample_arms(max_samples)
+    arms = [arm for arm in arms if not options.only or arm.name in options.only]
+    with ThreadPoolExecutor(options.workers) as pool:
+        jobs = [pool.submit(run_seed, options.out, arms, seed, options.steps, options.prompts_per_step)
+                for seed in range(options.seeds)]
+    for job in jobs:
+        job.result()
+
+    results = []
+    for arm in arms:
+        runs = {str(seed): summary(run_folder(options.out, arm, seed)) for seed in range(options.seeds)}
+        row: dict[str, Any] = {"name": arm.name, "overrides": arm.overrides, "inner_updates": arm.inner_updates, "runs": runs}
+        for name in ("sampled", "greedy"):
+            row[f"{name}_mean"], row[f"{name}_half"] = interval([run[name] for run in runs.values()])
+        row["cpu_seconds"] = statistics.mean(run["cpu_seconds"] for run in runs.values())
+        results.append(row)
+    plot = options.out / f"{options.sweep}.png"
+    report(results, plot)
+    print(f"plot: {plot}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
