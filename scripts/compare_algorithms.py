@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,13 @@ def run_seed(out: Path, arms: list[Arm], seed: int, steps: int, prompts: int) ->
         done = folder / "evaluations.jsonl"
         if done.exists() and json.loads(done.read_text().splitlines()[-1])["step"] == steps:
             continue
-        dllm("train", *TASK, *arm.overrides, *ALWAYS, f"trainer.inner_updates={arm.inner_updates}", f"trainer.steps={steps}",
-             f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"seed={seed}", f"model.path={start}", f"run_dir={folder}")
-        print(f"seed {seed}: {arm.name}, {arm.inner_updates} updates per batch: {summary(folder)['sampled']:.3f}", flush=True)
+        dllm(
+            "train", *TASK, *arm.overrides, *ALWAYS, f"trainer.inner_updates={arm.inner_updates}", f"trainer.steps={steps}",
+            f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"seed={seed}", f"model.path={start}",
+            f"run_dir={folder}",
+        )
+        accuracy = summary(folder)["sampled"]
+        print(f"seed {seed}: {arm.name}, {arm.inner_updates} updates per batch: {accuracy:.3f}", flush=True)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -162,7 +166,7 @@ def main() -> None:
     results = []
     for arm in arms:
         runs = {str(seed): summary(run_folder(options.out, arm, seed)) for seed in range(options.seeds)}
-        row: dict[str, Any] = {"name": arm.name, "overrides": arm.overrides, "inner_updates": arm.inner_updates, "runs": runs}
+        row: dict[str, Any] = {**asdict(arm), "runs": runs}
         for name in ("sampled", "greedy"):
             row[f"{name}_mean"], row[f"{name}_half"] = interval([run[name] for run in runs.values()])
         row["cpu_seconds"] = statistics.mean(run["cpu_seconds"] for run in runs.values())

@@ -304,3 +304,39 @@ def test_masks_of_inner_updates_differ_and_default_to_the_same() -> None:
 def test_an_unknown_driver_is_refused() -> None:
     with pytest.raises(ValueError, match="driver=three_pass"):
         Setting().run(BGPO(), "three_pass", on_policy=True)
+
+
+SIGN: dict[str, tuple[Callable[[], Objective], Likelihood]] = {
+    **{name: (make, StratifiedCounts(num_samples=16)) for name, make in OBJECTIVES.items() if name != "spg_zero"},
+    "diffu_grpo": (lambda: PPOClip(level="token", clip_low=0.5, clip_high=0.5), OneStep(num_samples=4)),
+    "coupled_grpo": (CoupledGRPO, CoupledFull(num_samples=12)),
+    "wd1": (WD1, OneStep(num_samples=4)),
+    "spg": (SPG, Block(num_samples=16, block_length=4, scored="masked", clean_mask_prob=0.15)),
+    "espo": (ESPO, Coupled(num_samples=16)),
+    "gdpo": (lambda: ELBORatio(clip_low=0.2, clip_high=0.2), Quadrature(num_samples=15)),
+    "agrpo": (PPOClip, Trajectory(num_samples=24)),
+    "justgrpo": (lambda: GRPO(kl_coef=0.0), LeftToRight(num_samples=8)),
+}
+
+
+@pytest.mark.parametrize("name", SIGN)
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_one_step_moves_the_elbo_with_the_sign_of_the_advantage(name: str, advantage: float) -> None:
+    make, likelihood = SIGN[name]
+    policy, sampled = make_policy(), make_completions(make_policy(), batch=1)
+    steps = torch.arange(8).unsqueeze(0) // 2
+    completion = Completions(**{**sampled.__dict__, "unmask_step": steps})
+    measure = Engine(completion, Masks(StratifiedCounts(num_samples=64), 8, 8), micro_samples=64)
+    before = measure.score(policy).terms.mean().item()
+    objective, engine = make(), Engine(completion, Masks(likelihood, 3, 5), micro_samples=64)
+    engine.backward(
+        policy, objective, torch.tensor([advantage], dtype=torch.float64), totals_of(completion, likelihood, policy.eos_id),
+        reference=engine.score(policy) if objective.uses_reference else None,
+    )
+    step = gradient(policy)
+    size, offset = 1e-3 / step.norm(), 0
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+    assert (measure.score(policy).terms.mean().item() - before) * advantage > 0

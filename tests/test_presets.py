@@ -15,8 +15,10 @@ NAMED = {
     "bgpo", "vrpo_ol", "diffu_grpo", "coupled_grpo", "unigrpo", "wd1", "spg", "espo", "gdpo", "agrpo", "justgrpo", "grpo",
     "dppo_tv", "dppo_kl", "dppo_topk_tv", "dppo_topk_kl", "drpo", "spo", "reinforce",
 }
-SMALL = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "supervised.steps=200", "supervised.batch_size=32")
-QUICK = ("task=word_problems", "trainer.steps=1", "trainer.prompts_per_step=8", "trainer.group_size=8", "trainer.eval_every=0")
+SMALL = ("model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "supervised.steps=200",
+         "supervised.batch_size=32")
+QUICK = ("task=word_problems", "trainer.steps=1", "trainer.prompts_per_step=8", "trainer.group_size=8",
+         "trainer.eval_every=0")
 
 
 @pytest.fixture(scope="module")

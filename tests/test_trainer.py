@@ -19,6 +19,8 @@ from dllm_rl.experience import Experience, collect, pick_prompts
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
+from dllm_rl.objectives.dppo import DPPO
+from dllm_rl.objectives.ppo_clip import GRPO
 from dllm_rl.optimization import Optimizer, OptimizerConfig
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
@@ -128,6 +130,48 @@ def test_on_policy_delta_is_exactly_zero(tmp_path: Path) -> None:
     run = training(tmp_path, 20)
     train(run)
     assert {row["delta/max_abs"] for row in run.folder.read("metrics.jsonl") if "delta/max_abs" in row} == {0.0}
+
+
+def test_inner_updates_reuse_the_masks_unless_told_otherwise(tmp_path: Path) -> None:
+    """Reused masks need no pass for old values; new masks need one each, made before the weights move."""
+    for resample, expected in ((0, [True] * 3), (1, [False] * 2 + [True] * 3)):
+        run = training(tmp_path / str(resample), 1, inner_updates=3, resample_masks=resample, micro_samples=1000)
+        calls: list[bool] = []
+        sampling = 2  # four tokens, two per step
+        run.policy.network.register_forward_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        train(run)
+        assert calls[:sampling] == [False] * sampling
+        assert calls[sampling:] == expected
+        assert run.folder.read("metrics.jsonl")[0]["delta/max_abs"] > 0
+
+
+def test_a_kl_term_acts_without_advantages_and_pulls_back(tmp_path: Path) -> None:
+    """Every reward is equal, so only the KL term has a gradient; far from the reference it brings the policy nearer."""
+    run = training(tmp_path, 30, task=Letters(constant=1.0))
+    run.objective = GRPO(kl_coef=1.0, kl_estimator="k2")
+    run.reference = TinyModel(hidden_size=16, num_layers=2, num_heads=2).build([], seed=1).frozen_copy()
+    before = weights(run.reference)
+    train(run)
+    distances = [row["kl/mean"] for row in run.folder.read("metrics.jsonl")]
+    assert sum(distances[-3:]) < 0.7 * sum(distances[:3])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(run.reference), strict=True))
+    assert run.folder.read("metrics.jsonl")[0]["update/sequences"] == 32
+
+
+def test_exact_divergences_are_measured_from_the_policy_that_sampled(tmp_path: Path) -> None:
+    run = training(tmp_path, 8, inner_updates=2)
+    run.objective = DPPO(kind="exact_tv", delta_low=1e-4, delta_high=1e-4)
+    train(run)
+    rows = [row for row in run.folder.read("metrics.jsonl") if "loss" in row]
+    assert rows and all(row["divergence/mean"] > 0 for row in rows[1:])  # the warm-up starts at 0
+    assert any(row["objective/clipped"] > 0 for row in rows)
+
+
+def test_the_gradient_cosine_is_logged_on_request(tmp_path: Path) -> None:
+    run = training(tmp_path, 6, gradient_cosine=1)
+    train(run)
+    cosines = [row["grad/cosine"] for row in run.folder.read("metrics.jsonl") if "loss" in row]
+    assert cosines and all(-1 <= value <= 1 for value in cosines)
 
 
 def test_equal_rewards_cost_no_update(tmp_path: Path) -> None:
