@@ -10,15 +10,13 @@ own training step would.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_common import make_completions, parser, random_advantages, timed, tiny_policy, write_json
 from torch import Tensor
 
 from dllm_rl.accumulate import Engine
@@ -26,7 +24,6 @@ from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.memory import SavedBytes
 from dllm_rl.models.policy import Policy
-from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.aggregation import Totals
 from dllm_rl.objectives.bgpo import BGPO
 from dllm_rl.scoring import Masks
@@ -46,15 +43,6 @@ class HeadCounter:
 
     def _count_calls(self, *_arguments: Any) -> None:
         self.grad_calls += torch.is_grad_enabled()
-
-
-def make_completions(policy: Policy, sequences: int, prompt_length: int, length: int) -> Completions:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, len(policy.tokenizer), (sequences, prompt_length + length), generator=generator)
-    mask = torch.ones(sequences, prompt_length, dtype=torch.bool)
-    return Completions(
-        ids[:, :prompt_length], mask, torch.arange(sequences), ids[:, prompt_length:], torch.zeros(sequences, length).long()
-    ).to(policy.device)
 
 
 def plain_update(policy: Policy, completions: Completions, masks: Masks, micro_samples: int) -> Callable[[], None]:
@@ -85,22 +73,11 @@ def rollout_grad_calls(policy: Policy, counter: HeadCounter, sequences: int, pro
     return counter.grad_calls - before
 
 
-def timed(run: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
-    policy = TinyModel(hidden_size=arguments.hidden_size).build([], seed=0)
-    policy.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    policy = tiny_policy(arguments.hidden_size)
     completions = make_completions(policy, arguments.sequences, arguments.prompt_length, arguments.length)
-    advantages = torch.randn(arguments.sequences, generator=torch.Generator().manual_seed(1)).to(policy.device)
+    advantages = random_advantages(policy, arguments.sequences)
     masks = Masks(StratifiedCounts(num_samples=arguments.samples), seed=0, step=0)
     totals = Totals(len(completions), completions.ids.numel(), arguments.length)
     plain = plain_update(policy, completions, masks, arguments.micro_samples)
@@ -128,17 +105,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"hidden_size": 64, "sequences": 128, "prompt_length": 20, "length": 20, "samples": 16,
-                        "micro_samples": 128, "repeats": 9}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, {"hidden_size": 64, "sequences": 128, "prompt_length": 20, "length": 20, "samples": 16,
+                                 "micro_samples": 128, "repeats": 9}).parse_args()
     figures = measure(arguments)
     for name, value in figures.items():
         print(f"{name:20} {value:.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+    write_json(arguments.json, figures)
 
 
 if __name__ == "__main__":

@@ -35,23 +35,28 @@ ALWAYS = ("sampler.remasking=low_confidence", "resume=auto", "trainer.save_every
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: a preset with changes, and the updates per rollout batch."""
+    """One line of the table."""
 
     name: str
-    overrides: tuple[str, ...]
+    preset: str
+    num_samples: int | None
+    """None: what the preset has."""
     inner_updates: int
+    """Updates per rollout batch."""
+
+    def folder(self, out: Path, seed: int) -> Path:
+        return out / f"{self.preset}-n{self.num_samples or 'preset'}-inner{self.inner_updates}-seed{seed}"
 
 
 def preset_arms(max_samples: int) -> list[Arm]:
-    """Every online preset, on-policy and with 4 updates per batch."""
+    """Every online preset, on-policy and with 4 updates per batch; presets with more samples are cut to `max_samples`."""
     arms = []
     for path in sorted((REPOSITORY / "conf" / "algorithm").glob("*.yaml")):
-        samples = yaml.safe_load(path.read_text()).get("likelihood", {}).get("num_samples")
-        default = "elbo" in path.read_text() and samples is None
-        changes = [f"algorithm={path.stem}"]
-        if default or not isinstance(samples, int | None) or (samples or 0) > max_samples:
-            changes.append(f"likelihood.num_samples={max_samples}")
-        arms += [Arm(path.stem, tuple(changes), inner) for inner in (1, 4)]
+        text = path.read_text()
+        # Presets that say nothing have the elbo estimator's 16; an interpolation is the completion length.
+        samples = yaml.safe_load(text).get("likelihood", {}).get("num_samples", 16 if "likelihood: elbo" in text else 1)
+        many = not isinstance(samples, int) or samples > max_samples
+        arms += [Arm(path.stem, path.stem, max_samples if many else None, inner) for inner in (1, 4)]
     return arms
 
 
@@ -65,7 +70,7 @@ def sample_arms(max_samples: int) -> list[Arm]:
     plan = [("naive elbo_ratio", "vrpo_ol", small), ("two-pass elbo_ratio", "vrpo_ol", max_samples),
             ("two-pass elbo_ratio, equal cost", "vrpo_ol", equal), ("BGPO", "bgpo", max_samples), ("BGPO", "bgpo", small),
             ("REINFORCE on ELBO", "reinforce", max_samples), ("REINFORCE on ELBO", "reinforce", small)]
-    return [Arm(f"{title}, N={n}", (f"algorithm={preset}", f"likelihood.num_samples={n}"), 4) for title, preset, n in plan]
+    return [Arm(f"{title}, N={n}", preset, n, 4) for title, preset, n in plan]
 
 
 def dllm(*arguments: str) -> None:
@@ -76,28 +81,30 @@ def dllm(*arguments: str) -> None:
         sys.exit(f"dllm-rl {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
-def run_folder(out: Path, arm: Arm, seed: int) -> Path:
-    words = "-".join(item.split("=")[1] for item in arm.overrides)
-    return out / f"{words}-inner{arm.inner_updates}-seed{seed}"
-
-
 def run_seed(out: Path, arms: list[Arm], seed: int, steps: int, prompts: int) -> None:
-    """The start of a seed and all arms from it, one process after the other."""
+    """The start of a seed, and from it one Hydra sweep for each number of samples."""
     start = out / f"start-seed{seed}"
     if not (start / "checkpoints").exists():
         dllm("sft", *TASK, f"seed={seed}", f"run_dir={start}", "resume=auto")
-    for arm in arms:
-        folder = run_folder(out, arm, seed)
-        done = folder / "evaluations.jsonl"
-        if done.exists() and json.loads(done.read_text().splitlines()[-1])["step"] == steps:
+    for samples in sorted({arm.num_samples for arm in arms}, key=str):
+        chosen = [arm for arm in arms if arm.num_samples == samples and not finished(arm.folder(out, seed), steps)]
+        if not chosen:
             continue
+        inner = "${trainer.inner_updates}"
+        folder = f"{out}/${{hydra:runtime.choices.algorithm}}-n{samples or 'preset'}-inner{inner}-seed{seed}"
         dllm(
-            "train", *TASK, *arm.overrides, *ALWAYS, f"trainer.inner_updates={arm.inner_updates}", f"trainer.steps={steps}",
+            "train", "-m", *TASK, *ALWAYS, f"algorithm={','.join(sorted({arm.preset for arm in chosen}))}",
+            f"trainer.inner_updates={','.join(str(n) for n in sorted({arm.inner_updates for arm in chosen}))}",
+            *([f"likelihood.num_samples={samples}"] if samples else []), f"trainer.steps={steps}",
             f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"seed={seed}", f"model.path={start}",
-            f"run_dir={folder}",
+            f"run_dir={folder}", "hydra.sweep.dir=" + str(out / f"sweep-seed{seed}"),
         )
-        accuracy = summary(folder)["sampled"]
-        print(f"seed {seed}: {arm.name}, {arm.inner_updates} updates per batch: {accuracy:.3f}", flush=True)
+        print(f"seed {seed}: {len(chosen)} runs with N = {samples or 'of the preset'}", flush=True)
+
+
+def finished(folder: Path, steps: int) -> bool:
+    path = folder / "evaluations.jsonl"
+    return path.exists() and lines(path)[-1]["step"] == steps
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -165,7 +172,7 @@ def main() -> None:
 
     results = []
     for arm in arms:
-        runs = {str(seed): summary(run_folder(options.out, arm, seed)) for seed in range(options.seeds)}
+        runs = {str(seed): summary(arm.folder(options.out, seed)) for seed in range(options.seeds)}
         row: dict[str, Any] = {**asdict(arm), "runs": runs}
         for name in ("sampled", "greedy"):
             row[f"{name}_mean"], row[f"{name}_half"] = interval([run[name] for run in runs.values()])
