@@ -76,3 +76,21 @@ def test_diagnostics_are_logged(start: Path, tmp_path: Path) -> None:
                  "ratio/low_mask/p50", "ratio/high_mask/p95", "divergence/mid_mask/p95", "objective/clipped"):
         assert name in metrics
     assert metrics["delta/max_abs"] > 0 and metrics["bound/gap"] > 0 and metrics["divergence/mid_mask/p95"] > 0
+
+
+def commands() -> list[str]:
+    """The commands of the paper index."""
+    lines = (REPOSITORY / "docs" / "paper_index.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("dllm-rl train ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_of_the_paper_index_compose(tmp_path: Path, command: str) -> None:
+    text = good(tmp_path, *command.split()[1:], "--cfg", "job")
+    assert "objective:" in text
+
+
+def test_the_commands_cover_every_preset() -> None:
+    named = {word.removeprefix("algorithm=") for command in commands() for word in command.split() if "algorithm=" in word}
+    families = {"dppo_kl", "dppo_topk_tv"}  # shown with another member of their family
+    assert named | families >= set(PRESETS)
