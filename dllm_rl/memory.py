@@ -40,7 +40,8 @@ class SavedBytes:
         self._hooks.__exit__(*exception)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Held:
-        if isinstance(tensor, torch.nn.Parameter):
+        # A linear layer saves its transposed weight: a view of the parameter, not memory of its own.
+        if isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter):
             return tensor
         return _Held(self, tensor)
 

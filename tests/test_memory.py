@@ -47,6 +47,14 @@ def test_parameters_do_not_count() -> None:
     assert saved.peak == 800
 
 
+def test_views_of_parameters_do_not_count() -> None:
+    layer = torch.nn.Linear(30, 20, bias=False, dtype=torch.float64)
+    x = torch.ones(2, 30, dtype=torch.float64, requires_grad=True)
+    with SavedBytes() as saved:
+        layer(x).sum().backward()  # saves x, and the weight as a transposed view
+    assert saved.peak == 2 * 30 * 8
+
+
 def test_gradients_are_unchanged() -> None:
     x, y = leaf(), leaf()
     with SavedBytes():
