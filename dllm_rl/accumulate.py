@@ -176,7 +176,7 @@ class Engine:
             if number and at_half is not None:
                 at_half()
             pairs = torch.cartesian_prod(half, torch.arange(len(self.completions), device=device)).view(-1, 2)
-            for part in pairs.split(self.micro_samples):
+            for part in pairs.split(self.micro_samples) if len(pairs) else ():
                 completions = self.completions.rows(part[:, 1])
                 corruption = self.masks.draw(policy, completions, part[:, 0])
                 yield Chunk(part[:, 1], part[:, 0], completions, corruption)

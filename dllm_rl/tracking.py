@@ -37,8 +37,10 @@ class RunFolder:
         self.path = path
 
     @staticmethod
-    def claim(path: Path, resume: str, config: Mapping[str, Any]) -> None:
+    def claim(path: Path, resume: str, config: Mapping[str, Any], fixed: Sequence[str] = ()) -> None:
         """Checks, without writing anything, that a run with this configuration may use the folder.
+
+        `fixed` names keys that a continuation may not change although other runs may.
 
         Raises:
             UserError: the folder holds another run, or a run whose configuration differs.
@@ -52,7 +54,7 @@ class RunFolder:
                             "run_dir=FOLDER goes elsewhere")
         before, now = _flatten(yaml.safe_load(saved.read_text())), _flatten(config)
         changed = [key for key in sorted(before.keys() | now.keys())
-                   if key not in FREE_KEYS and before.get(key) != now.get(key)]
+                   if (key not in FREE_KEYS or key in fixed) and before.get(key) != now.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in changed)
             raise UserError(f"resume=auto: {path} was started with another configuration ({listed})")

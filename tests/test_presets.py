@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.test_cli import good
+from tests.test_cli import dllm, good
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
@@ -76,6 +77,33 @@ def test_diagnostics_are_logged(start: Path, tmp_path: Path) -> None:
                  "ratio/low_mask/p50", "ratio/high_mask/p95", "divergence/mid_mask/p95", "objective/clipped"):
         assert name in metrics
     assert metrics["delta/max_abs"] > 0 and metrics["bound/gap"] > 0 and metrics["divergence/mid_mask/p95"] > 0
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["objective.chunk=3"], ["objective.chunk=3", "a divisor of likelihood.num_samples=16"]),
+    (["likelihood=coupled", "likelihood.num_samples=3"], ["likelihood.num_samples=3", "a multiple of 2"]),
+    (["likelihood.num_samples=1", "trainer.gradient_cosine=true"], ["trainer.gradient_cosine=True", "num_samples=1"]),
+    (["algorithm=dppo", "task=sudoku"], ["algorithm/dppo", "dppo_tv"]),
+    (["objective=dppo", "objective.kind=tv"], ["objective.kind=tv", "binary_tv", "exact_kl"]),
+    (["advantage.kind=rank"], ["advantage.kind=rank", "group_standardised", "z_score"]),
+    (["objective.clip=0.1"], ["objective.clip", "clip_low", "clip_high"]),
+])
+def test_bad_combinations_end_with_one_line(start: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    done = dllm(tmp_path, "train", *QUICK, f"model.path={start}", *arguments, "run_dir=run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_continued_run_keeps_its_reference(start: Path, tmp_path: Path) -> None:
+    more = ("train", "algorithm=grpo", *QUICK, "run_dir=run")
+    good(tmp_path, *more, f"model.path={start}")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(start, moved)
+    refused = dllm(tmp_path, *more, f"model.path={moved}", "resume=auto", "trainer.steps=2")
+    assert refused.returncode == 2 and "model.path was" in refused.stderr
+    good(tmp_path, *more, f"model.path={start}", "resume=auto", "trainer.steps=2")
+    assert last(tmp_path / "run")["step"] == 2
 
 
 def commands() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from dllm_rl.commands import common
+from dllm_rl.errors import bad_value
 from dllm_rl.tracking import RunFolder
 from dllm_rl.trainer import Training, train
 
@@ -18,17 +19,21 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     seed, task, trainer = common.check_seed(settings["seed"]), settings["task"], settings["trainer"]
     common.require_model_path(settings)
     path = common.run_directory("train", settings, ("task", "algorithm"))
-    RunFolder.claim(path, settings["resume"], common.plain(config))
+    objective, samples = settings["objective"], settings["likelihood"].num_samples
+    # A KL term pulls towards the model that training started from: a continuation needs the same one.
+    fixed = ("model.path",) if objective.uses_reference else ()
+    RunFolder.claim(path, settings["resume"], common.plain(config), fixed)
     settings["sampler"].plan(task.completion_length)
-    settings["objective"].check_samples(settings["likelihood"].num_samples)
+    objective.check_samples(samples)
+    if trainer.gradient_cosine and samples < 2:
+        raise bad_value("trainer.gradient_cosine", True, f"false with likelihood.num_samples={samples}: it needs two halves")
     task.prompts("train"), task.prompts("test")  # bad data end the run before there is a folder
 
     start = common.prepare(settings, config, path, trainer.steps * trainer.inner_updates)
-    # The model that training started from, also where a killed run continues.
-    reference = common.reference_policy(settings, start.policy.device) if settings["objective"].uses_reference else None
+    reference = common.reference_policy(settings, start.policy.device) if objective.uses_reference else None
     train(Training(
         policy=start.policy, task=task, sampler=settings["sampler"], likelihood=settings["likelihood"],
-        objective=settings["objective"], advantage=settings["advantage"], optimizer=start.optimizer, config=trainer,
+        objective=objective, advantage=settings["advantage"], optimizer=start.optimizer, config=trainer,
         evaluation=settings["evaluation"], accelerator=start.accelerator, folder=start.folder, seed=seed, done=start.done,
         reference=reference,
     ))
