@@ -99,9 +99,9 @@ class Engine:
         """
         if driver == "auto":
             driver = "single_pass" if objective.separable or self.num_samples == 1 else "two_pass"
-        top_k = objective.top_k if keep_top_k else 0
+        top_k = objective.support_size if keep_top_k else 0
         recorder = Recorder(
-            self.completions, self.masks.likelihood, policy, top_k=top_k, divergence=objective.divergence, old=old
+            self.completions, self.masks.likelihood, policy, top_k=top_k, divergence=objective.measured_divergence, old=old
         )
         loss_of = _Loss(self, objective, advantages, totals, old, reference, recorder)
         if driver == "single_pass":

@@ -41,7 +41,7 @@ from dllm_rl.tasks.math.gsm8k import GSM8K
 from dllm_rl.tasks.math.word_problems import WordProblems
 from dllm_rl.tasks.planning.countdown import Countdown
 from dllm_rl.tasks.planning.sudoku import Sudoku
-from dllm_rl.trainer import TrainerConfig
+from dllm_rl.training import TrainerConfig
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"tiny": TinyModel},

@@ -3,74 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
 
-from accelerate import Accelerator
-
-from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.checkpoint import save_checkpoint
-from dllm_rl.diffusion.corruption import Likelihood
-from dllm_rl.diffusion.sampler import LowConfidence
-from dllm_rl.errors import check
-from dllm_rl.evaluation import Evaluation, EvaluationConfig, evaluate
+from dllm_rl.evaluation import Evaluation, evaluate
 from dllm_rl.experience import collect, pick_prompts
 from dllm_rl.memory import memory_metrics
-from dllm_rl.models.policy import Policy
-from dllm_rl.objectives.base import Objective
-from dllm_rl.optimization import Optimizer
-from dllm_rl.task import Task
-from dllm_rl.tracking import Reporter, RunFolder, step_line
+from dllm_rl.tracking import Reporter, step_line
+from dllm_rl.training import Training
 from dllm_rl.update import update
-
-
-@dataclass
-class TrainerConfig:
-    """The size and rhythm of a run. A step is one rollout batch."""
-
-    steps: int = 60
-    prompts_per_step: int = 16
-    group_size: int = 8
-    """G: completions per prompt, compared with each other."""
-    inner_updates: int = 1
-    """Optimizer steps per rollout batch. 1 is on-policy."""
-    resample_masks: bool = False
-    """false: all inner updates use the same masks, so the first one finds the old values of the later ones. true: new masks
-    for each, whose old values take a pass of their own (diffu-GRPO and its descendants)."""
-    micro_samples: int = 128
-    """Pairs of sequence and corruption per forward pass: memory against speed; the gradient is the same."""
-    eval_every: int = 20
-    """Steps between evaluations; 0: none."""
-    save_every: int = 20
-    """Steps between checkpoints, of which the newest `keep` stay; the last step is always saved."""
-    keep: int = 2
-    gradient_cosine: bool = False
-    """Also log the cosine between the gradients of the even and of the odd Monte Carlo samples."""
-
-    def __post_init__(self) -> None:
-        least = {"group_size": 2, "eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
-        for name, value in asdict(self).items():
-            check(value >= least.get(name, 1), f"trainer.{name}", value, f"an integer >= {least.get(name, 1)}")
-
-
-@dataclass
-class Training:
-    """Everything a run consists of: the five choices, their settings, and how far it has come."""
-
-    policy: Policy
-    task: Task
-    sampler: LowConfidence
-    likelihood: Likelihood
-    objective: Objective
-    advantage: AdvantageConfig
-    optimizer: Optimizer
-    config: TrainerConfig
-    evaluation: EvaluationConfig
-    accelerator: Accelerator
-    folder: RunFolder
-    seed: int
-    done: int = 0
-    reference: Policy | None = None
-    """What KL terms pull towards; None for objectives without one."""
 
 
 def train(run: Training) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from dllm_rl.accumulate import Engine
@@ -12,9 +10,7 @@ from dllm_rl.experience import Experience
 from dllm_rl.memory import SavedBytes
 from dllm_rl.objectives.aggregation import Totals
 from dllm_rl.scoring import Masks, Old, Scores
-
-if TYPE_CHECKING:
-    from dllm_rl.trainer import Training
+from dllm_rl.training import Training
 
 
 def update(run: Training, experience: Experience, step: int) -> dict[str, float]:
@@ -36,9 +32,9 @@ def update(run: Training, experience: Experience, step: int) -> dict[str, float]
     engines = [Engine(completions, Masks(run.likelihood, run.seed, step, inner), config.micro_samples) for inner in rounds]
     # What the policy that sampled says of masks that only later updates use, before the weights move. On the first
     # update's masks its values are those of that update itself.
-    old: list[Scores | None] = [None, *(engine.score(policy, top_k=objective.top_k) for engine in engines[1:])]
+    old: list[Scores | None] = [None, *(engine.score(policy, top_k=objective.support_size) for engine in engines[1:])]
     reference = [engine.score(run.reference) for engine in engines] if run.reference else None
-    exact = several and (objective.divergence or "").startswith("exact")
+    exact = several and (objective.measured_divergence or "").startswith("exact")
     sampled_by = policy.frozen_copy() if exact else None
 
     metrics: dict[str, float] = {"update/sequences": len(completions)}

@@ -51,7 +51,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "reinforce": Reinforce,
     **{f"ppo_{level}": (lambda level=level: PPOClip(level=level, kl_coef=0.1, dual_clip=3.0)) for level in LEVELS},
     "grpo": GRPO,
-    **{f"dppo_{kind}": (lambda kind=kind: DPPO(kind=kind, delta_low=1e-3, delta_high=1e-3)) for kind in DIVERGENCES},
+    **{f"dppo_{kind}": (lambda kind=kind: DPPO(divergence=kind, delta_low=1e-3, delta_high=1e-3)) for kind in DIVERGENCES},
     "drpo": lambda: DRPO(radius=0.2),
     "spo": lambda: SPO(radius=0.2),
     "espo": ESPO,
@@ -108,7 +108,7 @@ class Setting:
         engine = Engine(completions, self.masks, micro)
         old = None
         if not on_policy:
-            old = Old(engine.score(self.sampled_by, top_k=objective.top_k), self.sampled_by)
+            old = Old(engine.score(self.sampled_by, top_k=objective.support_size), self.sampled_by)
         reference = engine.score(self.reference) if objective.uses_reference else None
         scores, metrics = engine.backward(
             self.policy, objective, advantages, totals_of(self.completions, self.likelihood, self.policy.eos_id), old=old,
@@ -291,6 +291,18 @@ def test_delta_is_exactly_zero_at_the_old_policy(dtype: torch.dtype) -> None:
     again, metrics = engine.backward(setting.policy, BGPO(), setting.advantages, totals, old=Old(first))
     assert (again.terms - first.terms).abs().max().item() == 0.0
     assert metrics["loss"] == pytest.approx(-ADVANTAGES.mean().item(), abs=1e-6)
+
+
+def test_shared_masks_are_what_makes_delta_small() -> None:
+    """VRPO, arXiv 2505.19223: with independent masks for the two policies the noise of the masks swamps their difference."""
+    setting = Setting(StratifiedCounts(num_samples=8))
+
+    def terms(policy: Policy, seed: int) -> Tensor:
+        return Engine(setting.completions, Masks(setting.likelihood, seed, 5), 48).score(policy).terms
+
+    shared = (terms(setting.policy, 3) - terms(setting.sampled_by, 3)).var()
+    independent = (terms(setting.policy, 3) - terms(setting.sampled_by, 4)).var()
+    assert independent > 4 * shared
 
 
 def test_masks_of_inner_updates_differ_and_default_to_the_same() -> None:

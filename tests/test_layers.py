@@ -13,7 +13,7 @@ LAYERS = (
     ("errors", "types", "task", "rows", "sandbox", "sandbox_runner", "memory"),
     ("diffusion", "models"),
     ("objectives", "advantages", "scoring", "accumulate", "diagnostics"),
-    ("optimization", "checkpoint", "tracking", "experience", "evaluation", "supervised", "update", "trainer"),
+    ("optimization", "checkpoint", "tracking", "experience", "evaluation", "supervised", "training", "update", "trainer"),
     ("config", "commands", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

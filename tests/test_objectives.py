@@ -37,8 +37,8 @@ RATIOS: dict[str, Callable[[], Objective]] = {
     "bgpo": BGPO, "elbo_ratio": ELBORatio, "reinforce": Reinforce,
     **{f"ppo_{level}": (lambda level=level: PPOClip(level=level)) for level in LEVELS},
     "dppo_binary_tv": lambda: DPPO(aggregation="seq-mean-token-sum"),
-    "dppo_binary_kl": lambda: DPPO(kind="binary_kl", aggregation="seq-mean-token-sum"),
-    "dppo_topk_tv": lambda: DPPO(kind="topk_tv", aggregation="seq-mean-token-sum"),
+    "dppo_binary_kl": lambda: DPPO(divergence="binary_kl", aggregation="seq-mean-token-sum"),
+    "dppo_topk_tv": lambda: DPPO(divergence="topk_tv", aggregation="seq-mean-token-sum"),
     "drpo": lambda: DRPO(radius=0.3, aggregation="seq-mean-token-sum"),
     "spo": lambda: SPO(radius=0.3, aggregation="seq-mean-token-sum"),
 }
@@ -94,7 +94,7 @@ def test_reinforce_by_hand() -> None:
 @pytest.mark.parametrize(("name", "make"), [
     ("ppo", lambda: PPOClip(clip_low=1.0, clip_high=INF, aggregation="seq-mean-token-sum")),
     ("dppo", lambda: DPPO(delta_low=INF, delta_high=INF, aggregation="seq-mean-token-sum")),
-    ("dppo_kl", lambda: DPPO(kind="binary_kl", delta_low=INF, delta_high=INF, aggregation="seq-mean-token-sum")),
+    ("dppo_kl", lambda: DPPO(divergence="binary_kl", delta_low=INF, delta_high=INF, aggregation="seq-mean-token-sum")),
     ("drpo", lambda: DRPO(radius=INF, aggregation="seq-mean-token-sum")),
     ("spo", lambda: SPO(radius=INF, aggregation="seq-mean-token-sum")),
 ])
@@ -223,7 +223,7 @@ def test_ppo_clip_is_dppo_with_the_ratio_as_divergence() -> None:
     away = ((inputs.logps - inputs.old_logps).exp() - 1).abs().detach()
     with_ratio = loss_inputs(inputs.logps, inputs.old_logps, inputs.weights, inputs.advantages, scored=inputs.scored,
                              divergence=away)
-    dppo = DPPO(kind="exact_tv", delta_low=0.2, delta_high=0.2, aggregation="seq-mean-token-sum")
+    dppo = DPPO(divergence="exact_tv", delta_low=0.2, delta_high=0.2, aggregation="seq-mean-token-sum")
     ppo = PPOClip(clip_low=0.2, clip_high=0.2)
     found, expected = gradient(dppo, with_ratio), gradient(ppo, inputs)
     torch.testing.assert_close(found * inputs.scored, expected * inputs.scored)
@@ -526,7 +526,7 @@ def test_the_kl_term_is_added_at_the_level_of_the_ratio() -> None:
     (lambda: GRPO(kl_coef=-1), r"objective\.kl_coef=-1"),
     (lambda: GRPO(kl_estimator="k4"), r"objective\.kl_estimator=k4: must be k1, k2, k3"),
     (lambda: ELBORatio(clip_high=-1), r"objective\.clip_high=-1"),
-    (lambda: DPPO(kind="tv"), r"objective\.kind=tv: must be binary_tv"),
+    (lambda: DPPO(divergence="tv"), r"objective\.divergence=tv: must be binary_tv"),
     (lambda: DPPO(delta_low=-1), r"objective\.delta_low=-1"),
     (lambda: DPPO(ratio_cap=0), r"objective\.ratio_cap=0"),
     (lambda: DRPO(radius=0), r"objective\.radius=0"),

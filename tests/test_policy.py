@@ -20,6 +20,26 @@ from tests.conftest import make_completions, make_policy
 TOKENIZER = build_tokenizer([" has", "->", "12", " 12"])
 
 
+def test_dropout_is_off() -> None:
+    """Both passes of the engine and all policies must see the same function."""
+    policy = make_policy()
+    policy.network.train()
+    assert not Policy(policy.network, policy.tokenizer).network.training
+
+
+def test_a_frozen_copy_stays_as_it_was() -> None:
+    policy, completions = make_policy(), make_completions(make_policy())
+    everywhere = torch.ones_like(completions.ids, dtype=torch.bool)
+    twin = policy.frozen_copy()
+    with torch.no_grad():
+        before = policy.logits(completions.prompts, completions.ids, everywhere)
+        for parameter in policy.network.parameters():
+            parameter.mul_(1.1)
+        assert torch.equal(twin.logits(completions.prompts, completions.ids, everywhere), before)
+        assert not torch.equal(policy.logits(completions.prompts, completions.ids, everywhere), before)
+    assert not any(parameter.requires_grad for parameter in twin.network.parameters())
+
+
 def test_logits_are_the_plain_networks_at_the_positions_asked_for(policy: Policy, completions: Completions) -> None:
     rows: list[int] = []
     policy.network.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))

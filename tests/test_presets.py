@@ -59,7 +59,7 @@ def test_every_preset_names_its_paper(name: str) -> None:
     ["algorithm=justgrpo", "objective=bgpo", "likelihood.num_samples=5"],
     ["algorithm=espo", "objective=bgpo"],
     ["algorithm=bgpo", "likelihood=trajectory", "advantage.kind=leave_one_out", "trainer.gradient_cosine=true"],
-    ["algorithm=dppo_topk_kl", "objective.kind=exact_kl", "trainer.inner_updates=2"],
+    ["algorithm=dppo_topk_kl", "objective.divergence=exact_kl", "trainer.inner_updates=2"],
     ["algorithm=bgpo", "objective.chunk=2", "likelihood.num_samples=4", "trainer.inner_updates=2"],
 ])
 def test_parts_can_be_swapped(start: Path, tmp_path: Path, swap: list[str]) -> None:
@@ -84,7 +84,7 @@ def test_diagnostics_are_logged(start: Path, tmp_path: Path) -> None:
     (["likelihood=coupled", "likelihood.num_samples=3"], ["likelihood.num_samples=3", "a multiple of 2"]),
     (["likelihood.num_samples=1", "trainer.gradient_cosine=true"], ["trainer.gradient_cosine=True", "num_samples=1"]),
     (["algorithm=dppo", "task=sudoku"], ["algorithm/dppo", "dppo_tv"]),
-    (["objective=dppo", "objective.kind=tv"], ["objective.kind=tv", "binary_tv", "exact_kl"]),
+    (["objective=dppo", "objective.divergence=tv"], ["objective.divergence=tv", "binary_tv", "exact_kl"]),
     (["advantage.kind=rank"], ["advantage.kind=rank", "group_standardised", "z_score"]),
     (["objective.clip=0.1"], ["objective.clip", "clip_low", "clip_high"]),
 ])

@@ -25,7 +25,8 @@ from dllm_rl.optimization import Optimizer, OptimizerConfig
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
 from dllm_rl.tracking import RunFolder
-from dllm_rl.trainer import TrainerConfig, Training, train
+from dllm_rl.trainer import train
+from dllm_rl.training import TrainerConfig, Training
 
 
 @dataclass
@@ -160,7 +161,7 @@ def test_a_kl_term_acts_without_advantages_and_pulls_back(tmp_path: Path) -> Non
 
 def test_exact_divergences_are_measured_from_the_policy_that_sampled(tmp_path: Path) -> None:
     run = training(tmp_path, 8, inner_updates=2)
-    run.objective = DPPO(kind="exact_tv", delta_low=1e-4, delta_high=1e-4)
+    run.objective = DPPO(divergence="exact_tv", delta_low=1e-4, delta_high=1e-4)
     train(run)
     rows = [row for row in run.folder.read("metrics.jsonl") if "loss" in row]
     assert rows and all(row["divergence/mean"] > 0 for row in rows[1:])  # the warm-up starts at 0

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from dllm_rl.commands import common
 from dllm_rl.errors import bad_value
 from dllm_rl.tracking import RunFolder
-from dllm_rl.trainer import Training, train
+from dllm_rl.trainer import train
+from dllm_rl.training import Training
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:

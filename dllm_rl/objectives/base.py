@@ -101,13 +101,14 @@ class Objective(ABC):
         return False
 
     @property
-    def divergence(self) -> str | None:
-        """The divergence that the engine must supply: topk_tv, topk_kl, exact_tv, exact_kl or None."""
+    def measured_divergence(self) -> str | None:
+        """The divergence that needs whole distributions, so that the engine must measure it: topk_tv, topk_kl, exact_tv,
+        exact_kl or None."""
         return None
 
     @property
-    def top_k(self) -> int:
-        """K of the topk divergences."""
+    def support_size(self) -> int:
+        """Tokens per position that topk divergences keep of the policy that sampled; 0: none."""
         return 0
 
     def check_samples(self, num_samples: int) -> None:

@@ -29,23 +29,23 @@ class DPPO(Objective):
     """DPPO (`objective=dppo`)."""
 
     aggregation: str = "seq-mean-token-sum-norm"
-    kind: str = "binary_tv"
-    """Divergence: binary_tv | binary_kl | topk_tv | topk_kl | exact_tv | exact_kl."""
+    divergence: str = "binary_tv"
+    """D: binary_tv | binary_kl | topk_tv | topk_kl | exact_tv | exact_kl."""
     delta_low: float = 0.15
     """Radius for A < 0. The source uses 0.15 for tv and 0.05 for kl."""
     delta_high: float = 0.15
     """Radius for A > 0."""
-    num_tokens: int = 20
+    top_k: int = 20
     """K of the topk divergences; the sampled token is added where it is missing."""
     ratio_cap: float = float("inf")
     """C: truncates r. inf: off, as the source recommends."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.kind in DIVERGENCES, "objective.kind", self.kind, ", ".join(DIVERGENCES))
+        check(self.divergence in DIVERGENCES, "objective.divergence", self.divergence, ", ".join(DIVERGENCES))
         check(self.delta_low >= 0, "objective.delta_low", self.delta_low, "a number >= 0")
         check(self.delta_high >= 0, "objective.delta_high", self.delta_high, "a number >= 0")
-        check(self.num_tokens >= 1, "objective.num_tokens", self.num_tokens, "an integer >= 1")
+        check(self.top_k >= 1, "objective.top_k", self.top_k, "an integer >= 1")
         check(self.ratio_cap > 0, "objective.ratio_cap", self.ratio_cap, "a number > 0 (inf for no cap)")
 
     @property
@@ -53,18 +53,18 @@ class DPPO(Objective):
         return True
 
     @property
-    def divergence(self) -> str | None:
-        return None if self.kind.startswith("binary") else self.kind
+    def measured_divergence(self) -> str | None:
+        return None if self.divergence.startswith("binary") else self.divergence
 
     @property
-    def top_k(self) -> int:
-        return self.num_tokens if self.kind.startswith("topk") else 0
+    def support_size(self) -> int:
+        return self.top_k if self.divergence.startswith("topk") else 0
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         logps = inputs.logps.detach()
         log_r = log_ratio(inputs).detach()
-        if self.divergence is None:
-            divergence = binary(self.kind.removeprefix("binary_"), logps, inputs.old_logps)
+        if self.measured_divergence is None:
+            divergence = binary(self.divergence.removeprefix("binary_"), logps, inputs.old_logps)
         else:
             divergence = torch.zeros_like(logps) if inputs.divergence is None else inputs.divergence
         kept = trust_region(log_r, divergence, column(inputs.advantages, logps), self.delta_low, self.delta_high)
