@@ -32,18 +32,18 @@ DRIVERS = ("auto", "single_pass", "two_pass", "retained")
 class _Metrics:
     """Sums of the shares of all chunks."""
 
-    loss: float = 0.0
+    loss: Tensor | float = 0.0
     totals: dict[str, Share] = field(default_factory=dict)
 
     def add(self, output: LossOutput) -> None:
-        self.loss += float(output.loss.detach())
+        self.loss = self.loss + output.loss.detach()
         for name, (total, number) in output.metrics.items():
             before = self.totals.get(name, Share(torch.zeros_like(total), torch.zeros_like(number)))
             self.totals[name] = Share(before.total + total, before.number + number)
 
     def means(self) -> dict[str, float]:
         means = {name: float(total / number.clamp(min=1)) for name, (total, number) in self.totals.items()}
-        return {"loss": self.loss, **means}
+        return {"loss": float(self.loss), **means}
 
 
 class Engine:
@@ -128,10 +128,13 @@ class Engine:
     ) -> tuple[Scores, dict[str, float]]:
         recorder, metrics = loss_of.recorder, _Metrics()
         known = loss_of.objective.ratio_only and loss_of.old is None and loss_of.reference is None
-        chunks = list(self._chunks(policy))
         with torch.no_grad():
-            for chunk in chunks:
-                recorder.note(chunk) if known else recorder.forward(policy, chunk)
+            if known:  # only the corruptions are needed, and drawing them takes little memory
+                for chunk in self._chunks(policy, size=max(self.micro_samples, 1024)):
+                    recorder.note(chunk)
+            else:
+                for chunk in self._chunks(policy):
+                    recorder.forward(policy, chunk)
         first = recorder.scores()
 
         logps = first.logps.detach().requires_grad_()
@@ -139,14 +142,14 @@ class Engine:
         metrics.add(output)
         (weight,) = torch.autograd.grad(output.loss, logps)
 
-        drift = 0.0
-        for chunk in chunks if at_half is None else self._chunks(policy, at_half):
+        drift = torch.zeros((), device=logps.device)
+        for chunk in self._chunks(policy, at_half):
             again = recorder.forward(policy, chunk) if known else masked_forward(policy, chunk)
             if not known and len(again):
-                drift = max(drift, float((again.detach() - first.logps[chunk.rows, chunk.sample]).abs().max()))
+                drift = torch.maximum(drift, (again.detach() - first.logps[chunk.rows, chunk.sample]).abs().max())
             if again.requires_grad:
                 run_backward((weight[chunk.rows, chunk.sample] * again).sum())
-        health = {} if known else {"engine/pass_difference": drift}
+        health = {} if known else {"engine/pass_difference": float(drift)}
         return recorder.scores() if known else first, metrics.means() | health
 
     def _retained(
@@ -164,8 +167,10 @@ class Engine:
         run_backward(output.loss)
         return scores, metrics.means()
 
-    def _chunks(self, policy: Denoiser, at_half: Callable[[], None] | None = None) -> Iterator[Chunk]:
-        """`micro_samples` pairs at a time, all sequences of sample 0 first.
+    def _chunks(
+        self, policy: Denoiser, at_half: Callable[[], None] | None = None, size: int | None = None
+    ) -> Iterator[Chunk]:
+        """`size` (`micro_samples`) pairs at a time, all sequences of sample 0 first.
 
         With `at_half` the even samples come before the odd ones: each half is evenly spread over the strata.
         """
@@ -176,7 +181,7 @@ class Engine:
             if number and at_half is not None:
                 at_half()
             pairs = torch.cartesian_prod(half, torch.arange(len(self.completions), device=device)).view(-1, 2)
-            for part in pairs.split(self.micro_samples) if len(pairs) else ():
+            for part in pairs.split(size or self.micro_samples) if len(pairs) else ():
                 completions = self.completions.rows(part[:, 1])
                 corruption = self.masks.draw(policy, completions, part[:, 0])
                 yield Chunk(part[:, 1], part[:, 0], completions, corruption)
