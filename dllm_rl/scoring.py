@@ -23,7 +23,7 @@ class Masks:
     seed: int
     step: int
     inner: int = 0
-    """Number of the inner update, for methods that draw new masks for each; 0 gives all inner updates the same."""
+    """Number of the inner update, for methods that draw new masks for each; equal numbers see equal masks."""
 
     def draw(self, policy: Denoiser, completions: Completions, sample: Tensor) -> Corruption:
         return self.likelihood.draw(

@@ -210,6 +210,12 @@ def test_spg_scores_every_masked_completion_token() -> None:
     assert hidden[:, 6:].all() and (corruption.prompt == MASK).any()
 
 
+def test_only_earlier_blocks_are_hidden_besides_the_chosen_one() -> None:
+    """With one block there is no earlier one: the number hidden is the count, uniform on 1..6."""
+    corruption = draw(Block(num_samples=1, block_length=6, scored="masked", clean_mask_prob=1.0), many([2] * 6, 600), 0)
+    assert set((corruption.canvas == MASK).sum(1).tolist()) == {1, 2, 3, 4, 5, 6}
+
+
 @pytest.mark.parametrize("stop_early", [True, False])
 def test_the_trajectory_has_the_states_that_the_sampler_saw(policy: Policy, stop_early: bool) -> None:
     """Canvases are recorded inside the sampler; the log-probabilities of what was written are those at its own steps."""

@@ -481,6 +481,14 @@ def test_kl_values_by_hand() -> None:
     assert kl(ratio, "k3").item() == pytest.approx(math.exp(-0.5) - 0.5)
 
 
+@pytest.mark.parametrize("ratio", [-25.0, -19.0, -1.0, 1.0, 19.0, 25.0])
+def test_k2_and_k3_always_pull_towards_the_reference(ratio: float) -> None:
+    for estimator in ("k2", "k3"):
+        x = torch.tensor(ratio, dtype=DOUBLE, requires_grad=True)
+        (slope,) = torch.autograd.grad(kl(x, estimator), x)
+        assert slope.item() * ratio > 0
+
+
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_kl_gradients_are_the_documented_ones(estimator: str) -> None:
     """In expectation over π, by enumeration: k1 pushes nowhere, k2 down the reverse KL, k3 down the forward KL."""

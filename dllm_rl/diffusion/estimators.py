@@ -193,7 +193,7 @@ class Block(Likelihood):
     scored: str = "block"
     """block | masked."""
     clean_mask_prob: float = 0.0
-    """Prompt tokens and visible completion tokens are hidden with this probability; SPG uses 0.15."""
+    """Prompt tokens and tokens of earlier blocks are hidden with this probability; SPG uses 0.15."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,7 +211,7 @@ class Block(Likelihood):
         count = stratified_counts(uniform(fold(key, 1), 1).squeeze(1), length)
         masked = random_subset(inside, count, fold(key, 2))
         hidden = masked | (owner > chosen) | ~draw.region
-        clean = ~hidden & (uniform(fold(key, 3), hidden.shape[1]) < self.clean_mask_prob)
+        clean = (owner < chosen) & (uniform(fold(key, 3), hidden.shape[1]) < self.clean_mask_prob)
         hidden = hidden | clean
         hidden_prompt = prompt_noise(draw) < self.clean_mask_prob
         if self.scored == "masked":

@@ -130,7 +130,7 @@ def share(values: Tensor, where: Tensor) -> Share:
 
 
 def weighted_logp_loss(inputs: LossInputs, omega: Tensor) -> Tensor:
-    """−Σ_b c_b A_b 1/N Σ_j w_bj Σ_t sg(ω_bjt) log p_bjt: the form that all trust-region methods share per (sample, token).
+    """−Σ_b c_b A_b 1/N Σ_j w_bj Σ_t sg(ω_bjt) log p_bjt: the form that DPPO, DRPO, SPO and REINFORCE share.
 
     Only the detached factor ω [B, n, L] differs between them; ω = 1 is REINFORCE on the ELBO.
     """

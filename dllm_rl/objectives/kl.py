@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective
+from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, exp_with_tangent
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -23,8 +23,8 @@ def kl(ratio: Tensor, estimator: str) -> Tensor:
         return ratio
     if estimator == "k2":
         return ratio.square() / 2
-    inverse = -ratio
-    return inverse.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - 1 - inverse
+    # The tangent keeps the slope's sign: clamping exp alone would leave a linear term that pushes away from the reference.
+    return exp_with_tangent(-ratio, MAX_LOG_RATIO) - 1 + ratio
 
 
 @dataclass

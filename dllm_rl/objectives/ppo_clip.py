@@ -6,7 +6,8 @@ With r the ratio of a unit (see `levels`), minimised per unit:
     A < 0 with dual_clip = c:   min( the above, −A c )
 
 Sources: Schulman et al. 2017, eq. 7; GRPO, arXiv 2402.03300, eq. 3; dual clip, arXiv 1912.09729, eq. 5; clip-higher, DAPO,
-arXiv 2503.14476. The gradient is −A r ∇log π inside the window and 0 outside. Clipping acts only off-policy.
+arXiv 2503.14476. The gradient is 0 where A > 0 and r > 1 + clip_high or A < 0 and r < 1 − clip_low, and
+−A r ∇log π elsewhere (log-ratios beyond ±20 are clamped and have none). Clipping acts only off-policy.
 """
 
 from __future__ import annotations

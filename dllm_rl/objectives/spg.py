@@ -33,7 +33,7 @@ class SPG(Objective):
     negative: str = "mix"
     """What stands for the log-likelihood where A < 0: mix | eubo | elbo | zero (drop such completions)."""
     beta: float = 1.5
-    """β of the EUBO, >= 1: tighter as it grows, with more variance."""
+    """β of the EUBO, >= 1: the bound is tightest at 1 and looser as it grows."""
     mix_weight: float = 0.5
     """ω: the share of the EUBO in mix."""
 
