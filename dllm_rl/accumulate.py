@@ -92,7 +92,7 @@ class Engine:
             keep_top_k: keep what later updates need for top-K divergences from this policy.
             driver: auto (single pass where possible, else two passes), single_pass, two_pass or retained.
             run_backward: `accelerator.backward` in a distributed run.
-            at_half: called when the samples of even number have been differentiated and those of odd number have not.
+            at_half: called when every other unit of samples (`likelihood.unit`) has been differentiated.
 
         Returns:
             The scores of this pass (they serve as `old` of the next inner update), and the metrics with the loss.
@@ -172,11 +172,12 @@ class Engine:
     ) -> Iterator[Chunk]:
         """`size` (`micro_samples`) pairs at a time, all sequences of sample 0 first.
 
-        With `at_half` the even samples come before the odd ones: each half is evenly spread over the strata.
+        With `at_half` the even units come before the odd ones: each half is evenly spread over the strata, and draws that
+        belong together (a mask and its complement) stay together.
         """
         device = self.completions.ids.device
-        sample = torch.arange(self.num_samples, device=device)
-        halves = [sample] if at_half is None else [sample[::2], sample[1::2]]
+        sample, unit = torch.arange(self.num_samples, device=device), self.masks.likelihood.unit
+        halves = [sample] if at_half is None else [sample[(sample // unit) % 2 == half] for half in (0, 1)]
         for number, half in enumerate(halves):
             if number and at_half is not None:
                 at_half()

@@ -21,32 +21,36 @@ BINS = {"low_mask": (0.0, 1 / 3), "mid_mask": (1 / 3, 2 / 3), "high_mask": (2 / 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 
 
-def diagnostics(scores: Scores, old: Scores, advantages: Tensor) -> dict[str, float]:
+def diagnostics(scores: Scores, old: Scores | None, advantages: Tensor, binary_kind: str = "tv") -> dict[str, float]:
     """The figures of one update.
 
     Args:
         scores: of the B completions under the current policy.
-        old: the same corruptions under the policy that sampled.
+        old: the same corruptions under the policy that sampled; None where they were not evaluated, which leaves out
+            everything but elbo/.
         advantages: [B].
+        binary_kind: tv or kl, the binary divergence shown where the objective measures none.
 
     Returns:
         elbo/mean, elbo/std (over the samples of a completion), elbo/<bin>; delta/mean, delta/mean_abs, delta/std,
         delta/max_abs in nats; ratio/<bin>/<quantile> of the per-token ratios; divergence/<bin>/<quantile> of the objective's
-        divergence, or else of the binary total variation; bound/gap, the mean of A exp(mean δ) − Σ g_j (BGPO).
+        divergence, or else of the binary one; bound/gap, the mean of A exp(mean δ) − Σ g_j (BGPO).
     """
-    terms, delta = scores.terms, scores.terms - old.terms
-    metrics = {
-        "elbo/mean": float(terms.mean()), "elbo/std": float(terms.std(1, correction=0).mean()),
+    terms = scores.terms
+    metrics = {"elbo/mean": float(terms.mean()), "elbo/std": float(terms.std(1, correction=0).mean())}
+    metrics |= {f"elbo/{name}": float(terms[chosen].mean()) for name, chosen in bins(scores) if chosen.any()}
+    if old is None:
+        return metrics
+    delta = terms - old.terms
+    metrics |= {
         "delta/mean": float(delta.mean()), "delta/mean_abs": float(delta.abs().mean()),
         "delta/std": float(delta.std(correction=0)), "delta/max_abs": float(delta.abs().max()),
         "bound/gap": bound_gap(delta, advantages),
     }
     ratio = (scores.logps - old.logps).exp()
-    divergence = binary("tv", scores.logps, old.logps) if scores.divergence is None else scores.divergence
+    divergence = binary(binary_kind, scores.logps, old.logps) if scores.divergence is None else scores.divergence
     for name, chosen in bins(scores):
         where = scores.scored & rearrange(chosen, "b n -> b n 1")
-        if chosen.any():
-            metrics[f"elbo/{name}"] = float(terms[chosen].mean())
         if where.any():
             metrics |= {f"ratio/{name}/{key}": value for key, value in quantiles(ratio[where]).items()}
             metrics |= {f"divergence/{name}/{key}": value for key, value in quantiles(divergence[where]).items()}

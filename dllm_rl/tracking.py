@@ -152,7 +152,7 @@ def step_line(metrics: Mapping[str, float], steps: int) -> str:
     ]
     if "loss" in metrics:
         parts += [
-            f"|δ| {metrics['delta/max_abs']:.3g}",
+            *([f"|δ| {metrics['delta/max_abs']:.3g}"] if "delta/max_abs" in metrics else []),
             f"elbo {metrics['elbo/mean']:.2f}±{metrics['elbo/std']:.2f}",
             f"grad {metrics['grad/norm']:.2f}",
             f"saved {metrics['memory/saved_bytes'] / 1e6:.0f} MB",

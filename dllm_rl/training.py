@@ -30,7 +30,7 @@ class TrainerConfig:
     """Optimizer steps per rollout batch. 1 is on-policy."""
     resample_masks: bool = False
     """false: all inner updates use the same masks, so the first one finds the old values of the later ones. true: new masks
-    for each, whose old values take a pass of their own (diffu-GRPO and its descendants)."""
+    for each, whose old values take a pass of their own (diffu-GRPO and its descendants). No effect with one inner update."""
     micro_samples: int = 128
     """Pairs of sequence and corruption per forward pass: memory against speed; the gradient is the same."""
     eval_every: int = 20

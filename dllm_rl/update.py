@@ -32,26 +32,29 @@ def update(run: Training, experience: Experience, step: int) -> dict[str, float]
     engines = [Engine(completions, Masks(run.likelihood, run.seed, step, inner), config.micro_samples) for inner in rounds]
     # What the policy that sampled says of masks that only later updates use, before the weights move. On the first
     # update's masks its values are those of that update itself.
-    old: list[Scores | None] = [None, *(engine.score(policy, top_k=objective.support_size) for engine in engines[1:])]
+    later = engines[1:] if objective.uses_old else []
+    old: dict[int, Scores] = {1 + n: engine.score(policy, top_k=objective.support_size) for n, engine in enumerate(later)}
     reference = [engine.score(run.reference) for engine in engines] if run.reference else None
     exact = several and (objective.measured_divergence or "").startswith("exact")
     sampled_by = policy.frozen_copy() if exact else None
 
-    metrics: dict[str, float] = {"update/sequences": len(completions)}
+    metrics: dict[str, float] = {}
     for inner in range(config.inner_updates):
         number = inner if config.resample_masks else 0
-        before = old[number] if inner else None
+        before = old.get(number) if inner else None
         halves = _Halves(run)
         with SavedBytes() as saved:
             scores, losses = engines[number].backward(
                 policy, objective, advantages, totals, old=Old(before, sampled_by) if before else None,
-                reference=reference[number] if reference else None, keep_top_k=several,
+                reference=reference[number] if reference else None, keep_top_k=several and not config.resample_masks,
                 run_backward=run.accelerator.backward, at_half=halves.take if config.gradient_cosine else None,
             )
-        old[number] = old[number] or scores
-        metrics |= losses | diagnostics(scores, before or scores, advantages) | halves.metrics()
+        known = before or (scores if not inner else None)
+        if not config.resample_masks:
+            old.setdefault(0, scores)
+        metrics = losses | diagnostics(scores, known, advantages, objective.binary_divergence) | halves.metrics()
         metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
-    return metrics
+    return {"update/sequences": len(completions), **metrics}
 
 
 class _Halves:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.errors import UserError
 from dllm_rl.objectives.base import LossInputs
 from dllm_rl.objectives.bgpo import BGPO, bgpo_factors
@@ -166,4 +167,4 @@ def test_bad_values_name_their_key(fields: dict[str, object], key: str) -> None:
 
 def test_the_chunk_must_divide_the_samples() -> None:
     with pytest.raises(UserError, match=r"objective\.chunk=3: must be a divisor of likelihood\.num_samples=16"):
-        BGPO(chunk=3).check_samples(16)
+        BGPO(chunk=3).check_likelihood(StratifiedCounts(num_samples=16))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dllm_rl.diffusion import divergence
+from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.errors import UserError
 from dllm_rl.objectives.aggregation import AGGREGATIONS, Totals, coefficients
 from dllm_rl.objectives.base import LossInputs, Objective
@@ -191,6 +192,27 @@ def test_ppo_clip_by_hand(ratio: float, advantage: float, loss: float, slope: fl
     objective = PPOClip(clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     assert objective.loss(inputs).loss.item() == pytest.approx(loss, rel=1e-12)
     assert gradient(objective, inputs).item() == pytest.approx(slope, rel=1e-12, abs=1e-15)
+
+
+def test_a_huge_ratio_of_a_bad_completion_keeps_a_gradient() -> None:
+    """A < 0 and r = e^25 is the branch that no clip bounds: the loss must still push the ratio down."""
+    logps = torch.full((1, 1, 1), 25.0, dtype=DOUBLE, requires_grad=True)
+    inputs = loss_inputs(logps, torch.zeros(1, 1, 1, dtype=DOUBLE), torch.ones(1, 1, dtype=DOUBLE), torch.tensor([-1.0]))
+    (slope,) = torch.autograd.grad(PPOClip().loss(inputs).loss, logps)
+    assert slope.item() == pytest.approx(math.exp(20))
+
+
+def test_what_needs_plain_elbo_terms_refuses_normalised_ones() -> None:
+    for objective in (SPG(), ESPO()):
+        with pytest.raises(UserError, match=r"likelihood\.length_norm=canvas: must be none"):
+            objective.check_likelihood(StratifiedCounts(length_norm="canvas"))
+    with pytest.raises(UserError, match=r"objective\.aggregation=token-mean: must be seq-mean-token-sum"):
+        ESPO(aggregation="token-mean")
+
+
+def test_spg_drops_bad_completions_before_any_pass() -> None:
+    kept = SPG(negative="zero").prepare(torch.tensor([1.0, -2.0]), torch.ones(2, dtype=torch.bool), 2)
+    assert kept.tolist() == [1.0, 0.0]
 
 
 def test_clip_higher_is_one_sided() -> None:

@@ -21,12 +21,14 @@ from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
 from dllm_rl.objectives.dppo import DPPO
 from dllm_rl.objectives.ppo_clip import GRPO
+from dllm_rl.objectives.reinforce import Reinforce
 from dllm_rl.optimization import Optimizer, OptimizerConfig
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
 from dllm_rl.tracking import RunFolder
 from dllm_rl.trainer import train
 from dllm_rl.training import TrainerConfig, Training
+from dllm_rl.update import update
 
 
 @dataclass
@@ -166,6 +168,25 @@ def test_exact_divergences_are_measured_from_the_policy_that_sampled(tmp_path: P
     rows = [row for row in run.folder.read("metrics.jsonl") if "loss" in row]
     assert rows and all(row["divergence/mean"] > 0 for row in rows[1:])  # the warm-up starts at 0
     assert any(row["objective/clipped"] > 0 for row in rows)
+
+
+def test_an_objective_that_reads_no_old_values_pays_no_pass_for_them(tmp_path: Path) -> None:
+    run = training(tmp_path, 1, inner_updates=3, resample_masks=True)
+    run.objective = Reinforce()
+    passes = count_passes(run.policy)
+    experience = collect(run.policy, run.task, run.sampler, run.task.prompts("train")[:4], 8, run.advantage, seed=0, step=1)
+    passes.clear()
+    metrics = update(run, experience, 1)
+    # 3 updates x 2 samples, one chunk each; nothing is known of the old policy, so no δ is claimed.
+    assert len(passes) == 3 * -(-2 * int(metrics["update/sequences"]) // run.config.micro_samples)
+    assert "delta/max_abs" not in metrics and "elbo/mean" in metrics
+
+
+def count_passes(policy: Policy) -> list[int]:
+    """Grows by the number of rows of every forward pass."""
+    passes: list[int] = []
+    policy.network.register_forward_pre_hook(lambda *call: passes.append(len(call[2]["input_ids"])), with_kwargs=True)
+    return passes
 
 
 def test_the_gradient_cosine_is_logged_on_request(tmp_path: Path) -> None:

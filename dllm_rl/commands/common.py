@@ -134,10 +134,11 @@ class Prepared:
     """Steps that an earlier process of the same run has done."""
 
 
-def prepare(settings: Settings, config: DictConfig, path: Path, total_steps: int) -> Prepared:
+def prepare(settings: Settings, record: Settings, path: Path, total_steps: int) -> Prepared:
     """Loads or makes the model, restores the last complete checkpoint of the run if `resume=auto`, opens the run folder.
 
-    Call it after everything that may refuse the configuration: from here on there are files.
+    `record` is the configuration as the run folder keeps it. Call it after everything that may refuse the configuration: from
+    here on there are files.
     """
     checkpoint = latest_checkpoint(path) if settings["resume"] == "auto" else None
     policy = build_policy(settings, checkpoint)
@@ -149,7 +150,7 @@ def prepare(settings: Settings, config: DictConfig, path: Path, total_steps: int
         state = load_state(checkpoint)
         optimizer.load_state_dict(state)
         done = state["step"]
-    folder = RunFolder.open(path, plain(config), from_step=done)
+    folder = RunFolder.open(path, record, from_step=done)
     print(f"run folder: {path}" + (f" (continuing after step {done})" if done else ""), flush=True)
     return Prepared(policy, accelerator, optimizer, folder, done)
 
@@ -163,10 +164,10 @@ def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:
     return policy
 
 
-def reference_policy(settings: Settings, device: torch.device) -> Policy:
-    """The policy that a KL term pulls towards: the one at `model.path`, frozen."""
-    policy = build_policy(settings).frozen_copy()
-    policy.network.to(device)
+def reference_policy(settings: Settings, accelerator: Accelerator) -> Policy:
+    """The policy that a KL term pulls towards: the one at `model.path`, frozen, in the precision of the trained one."""
+    policy = build_policy(settings).freeze()
+    policy.network = accelerator.prepare_model(policy.network, evaluation_mode=True)
     return policy
 
 

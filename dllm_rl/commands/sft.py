@@ -16,10 +16,11 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     """Checks everything that can be refused, then fine-tunes."""
     seed, task, supervised = common.check_seed(settings["seed"]), settings["task"], settings["supervised"]
     path = common.run_directory("sft", settings, ("task", "model"))
-    RunFolder.claim(path, settings["resume"], common.plain(config))
+    record = common.plain(config)
+    RunFolder.claim(path, settings["resume"], record)
     task.demonstrations(1, seed)  # bad data end the run before there is a folder
 
-    start = common.prepare(settings, config, path, supervised.steps)
+    start = common.prepare(settings, record, path, supervised.steps)
     finetune(FineTuning(
         start.policy, task, start.optimizer, supervised, start.accelerator, start.folder, seed, start.done
     ))

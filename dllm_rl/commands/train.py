@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.commands import common
 from dllm_rl.errors import bad_value
 from dllm_rl.tracking import RunFolder
@@ -20,20 +21,23 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     seed, task, trainer = common.check_seed(settings["seed"]), settings["task"], settings["trainer"]
     common.require_model_path(settings)
     path = common.run_directory("train", settings, ("task", "algorithm"))
-    objective, samples = settings["objective"], settings["likelihood"].num_samples
-    # A KL term pulls towards the model that training started from: a continuation needs the same one.
-    fixed = ("model.path",) if objective.uses_reference else ()
-    RunFolder.claim(path, settings["resume"], common.plain(config), fixed)
+    objective, likelihood, record = settings["objective"], settings["likelihood"], common.plain(config)
+    fixed: tuple[str, ...] = ()
+    if objective.uses_reference:
+        # A KL term pulls towards the model that training started from: a continuation needs the very same checkpoint.
+        fixed, record["model"]["path"] = ("model.path",), resolve_model_path(record["model"]["path"])
+    RunFolder.claim(path, settings["resume"], record, fixed)
     settings["sampler"].plan(task.completion_length)
-    objective.check_samples(samples)
-    if trainer.gradient_cosine and samples < 2:
-        raise bad_value("trainer.gradient_cosine", True, f"false with likelihood.num_samples={samples}: it needs two halves")
+    objective.check_likelihood(likelihood)
+    if trainer.gradient_cosine and likelihood.num_samples < 2 * likelihood.unit:
+        valid = f"false with likelihood.num_samples={likelihood.num_samples}: two halves need {2 * likelihood.unit}"
+        raise bad_value("trainer.gradient_cosine", True, valid)
     task.prompts("train"), task.prompts("test")  # bad data end the run before there is a folder
 
-    start = common.prepare(settings, config, path, trainer.steps * trainer.inner_updates)
-    reference = common.reference_policy(settings, start.policy.device) if objective.uses_reference else None
+    start = common.prepare(settings, record, path, trainer.steps * trainer.inner_updates)
+    reference = common.reference_policy(settings, start.accelerator) if objective.uses_reference else None
     train(Training(
-        policy=start.policy, task=task, sampler=settings["sampler"], likelihood=settings["likelihood"],
+        policy=start.policy, task=task, sampler=settings["sampler"], likelihood=likelihood,
         objective=objective, advantage=settings["advantage"], optimizer=start.optimizer, config=trainer,
         evaluation=settings["evaluation"], accelerator=start.accelerator, folder=start.folder, seed=seed, done=start.done,
         reference=reference,

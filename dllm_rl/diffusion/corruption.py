@@ -69,7 +69,7 @@ class Likelihood(ABC):
     """N, the BGPO paper's n_t: draws, that is forward passes, per completion. Memory does not depend on it."""
     region: str = "canvas"
     """canvas (BGPO paper): every token of the canvas, the EOS tail included. through_first_eos: only the text and its first
-    EOS; the tail is hidden from the model and not scored."""
+    EOS; the tail is not scored, and hidden from the model (the trajectory shows it where the sampler had written it)."""
     length_norm: str = "none"
     """none (BGPO paper): ELBO terms in nats. canvas (its authors' code): divided by the canvas length."""
     multiple: ClassVar[int] = 1
@@ -85,6 +85,11 @@ class Likelihood(ABC):
     @abstractmethod
     def choose(self, draw: Draw) -> Choice:
         """The corruption of each row. Draws nothing but from the keys of `draw`."""
+
+    @property
+    def unit(self) -> int:
+        """Consecutive draws that belong together: halves of the samples hold whole units."""
+        return self.multiple
 
     def region_of(self, ids: Tensor, eos_id: int) -> Tensor:
         """[B, L] bool: the positions of the completions `ids` [B, L] that count."""

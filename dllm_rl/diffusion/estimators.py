@@ -43,6 +43,7 @@ class StratifiedCounts(Likelihood):
     """
 
     def choose(self, draw: Draw) -> Choice:
+        """k of L tokens, each k equally likely."""
         count = stratified_counts(draw.point(draw.sample, self.num_samples), draw.length)
         masked = random_subset(draw.region, count, draw.key())
         return Choice(masked | ~draw.region, masked, draw.length.double() / count)
@@ -64,6 +65,7 @@ class Bernoulli(Likelihood):
         check(0 <= self.min_ratio < 1, "likelihood.min_ratio", self.min_ratio, "a number >= 0 and < 1")
 
     def choose(self, draw: Draw) -> Choice:
+        """Every token with probability t."""
         ratio = self.min_ratio + (1 - self.min_ratio) * (1 - draw.point(draw.sample, self.num_samples))
         masked = bernoulli_subset(draw.region, ratio, draw.key())
         return Choice(masked | ~draw.region, masked, 1 / ratio)
@@ -87,7 +89,12 @@ class Quadrature(Likelihood):
         valid = f"a multiple of likelihood.nodes={self.nodes}"
         check(self.num_samples % self.nodes == 0, "likelihood.num_samples", self.num_samples, valid)
 
+    @property
+    def unit(self) -> int:
+        return self.nodes
+
     def choose(self, draw: Draw) -> Choice:
+        """Every token with the probability of the node."""
         node = draw.sample % self.nodes
         ratios, weights = (values.to(node.device)[node] for values in gauss_legendre(self.nodes))
         masked = bernoulli_subset(draw.region, ratios, draw.key())
@@ -114,6 +121,7 @@ class Coupled(Likelihood):
     multiple: ClassVar[int] = 2
 
     def choose(self, draw: Draw) -> Choice:
+        """A random subset for even draws, its complement for odd ones."""
         pair, second = draw.sample // 2, draw.sample % 2 == 1
         total = draw.length + 1
         count = (draw.point(pair, self.num_samples // 2) * total).long().clamp(max=draw.length)
@@ -147,6 +155,7 @@ class CoupledFull(Likelihood):
         check(self.low <= self.high < 1, "likelihood.high", self.high, f"a number >= likelihood.low={self.low} and < 1")
 
     def choose(self, draw: Draw) -> Choice:
+        """Everything, a random subset, its complement."""
         triple, member = draw.sample // 3, rearrange(draw.sample % 3, "b -> b 1")
         ratio = self.low + (self.high - self.low) * draw.point(triple, self.num_samples // 3)
         first = bernoulli_subset(draw.region, ratio, draw.key(triple))
@@ -172,6 +181,7 @@ class OneStep(Likelihood):
         check_probability("likelihood.prompt_mask_prob", self.prompt_mask_prob)
 
     def choose(self, draw: Draw) -> Choice:
+        """The whole completion, and a part of the prompt."""
         everything = torch.ones_like(draw.region)
         hidden_prompt = prompt_noise(draw) < self.prompt_mask_prob
         return Choice(everything, draw.region, torch.ones_like(draw.sample, dtype=torch.float64), hidden_prompt)
@@ -202,6 +212,7 @@ class Block(Likelihood):
         check_probability("likelihood.clean_mask_prob", self.clean_mask_prob)
 
     def choose(self, draw: Draw) -> Choice:
+        """A random subset of one block, and all later blocks."""
         blocks = (draw.length - 1) // self.block_length + 1
         chosen = rearrange((draw.point(draw.sample, self.num_samples) * blocks).long(), "b -> b 1")
         owner = positions(draw.region) // self.block_length
@@ -238,6 +249,7 @@ class Trajectory(Likelihood):
         check(self.steps_per_slice >= 1, "likelihood.steps_per_slice", self.steps_per_slice, "an integer >= 1")
 
     def choose(self, draw: Draw) -> Choice:
+        """What the sampler had not yet written before one of its slices."""
         step = draw.completions.unmask_step
         slices = torch.where(step >= 0, step // self.steps_per_slice, -1)
         choice = one_slice(draw, slices, self.num_samples)
@@ -255,6 +267,7 @@ class LeftToRight(Likelihood):
     region: str = "through_first_eos"
 
     def choose(self, draw: Draw) -> Choice:
+        """Everything from one position on."""
         return one_slice(draw, positions(draw.region).masked_fill(~draw.region, -1), self.num_samples)
 
 

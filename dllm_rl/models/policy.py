@@ -112,11 +112,14 @@ class Policy:
 
     def frozen_copy(self) -> Policy:
         """The policy as it is now, in memory of its own; its parameters take no gradient."""
-        twin = copy.deepcopy(self)
-        for parameter in twin.network.parameters():
+        return copy.deepcopy(self).freeze()
+
+    def freeze(self) -> Policy:
+        """The policy itself, its parameters without gradients."""
+        for parameter in self.network.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        return twin
+        return self
 
     def save(self, folder: Path) -> None:
         """Writes config.json, model.safetensors and the tokenizer: plain transformers classes load them again."""

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.likelihood import elbo_terms
 from dllm_rl.errors import check
 from dllm_rl.objectives.aggregation import AGGREGATIONS
@@ -83,6 +84,9 @@ class Objective(ABC):
     def __post_init__(self) -> None:
         check(self.aggregation in AGGREGATIONS, "objective.aggregation", self.aggregation, ", ".join(AGGREGATIONS))
         check(self.horizon is None or self.horizon >= 1, "objective.horizon", self.horizon, "an integer >= 1, or null")
+        normed = self.aggregation == "seq-mean-token-sum-norm"
+        check(self.horizon is None or normed, "objective.horizon", self.horizon,
+              f"null with objective.aggregation={self.aggregation}: only seq-mean-token-sum-norm has a horizon")
 
     @property
     def separable(self) -> bool:
@@ -94,6 +98,11 @@ class Objective(ABC):
         """Whether the loss depends on the current values only through their difference from the old ones (and the reference
         ones), so that it is known at θ = θ_old without evaluating them."""
         return False
+
+    @property
+    def uses_old(self) -> bool:
+        """Whether the loss reads `old_logps`."""
+        return True
 
     @property
     def uses_reference(self) -> bool:
@@ -111,9 +120,14 @@ class Objective(ABC):
         """Tokens per position that topk divergences keep of the policy that sampled; 0: none."""
         return 0
 
-    def check_samples(self, num_samples: int) -> None:
-        """Raises UserError if the objective cannot work with N samples."""
-        del num_samples
+    @property
+    def binary_divergence(self) -> str:
+        """The binary divergence that the diagnostics show where none is measured: tv or kl."""
+        return "tv"
+
+    def check_likelihood(self, likelihood: Likelihood) -> None:
+        """Raises UserError if the objective cannot work with these corruptions."""
+        del likelihood
 
     def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
         """What the loss uses in place of the advantages: [B] -> [B], groups side by side, `valid` [B] bool."""
@@ -146,6 +160,12 @@ def log_ratio(inputs: LossInputs) -> Tensor:
 def column(per_sequence: Tensor, like: Tensor) -> Tensor:
     """[B] -> [B, 1, ...] with as many dimensions as `like`."""
     return rearrange(per_sequence, "b -> b" + " 1" * (like.dim() - 1))
+
+
+def check_unnormalised(likelihood: Likelihood, why: str) -> None:
+    """Raises UserError if ELBO terms come divided by the length already."""
+    valid = f"none: {why}"
+    check(likelihood.length_norm == "none", "likelihood.length_norm", likelihood.length_norm, valid)
 
 
 def exp_with_tangent(x: Tensor, limit: float) -> Tensor:

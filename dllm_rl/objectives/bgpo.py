@@ -18,6 +18,7 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.errors import check
 from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, exp_with_tangent, share
 
@@ -54,9 +55,9 @@ class BGPO(Objective):
     def ratio_only(self) -> bool:
         return True
 
-    def check_samples(self, num_samples: int) -> None:
-        valid = f"a divisor of likelihood.num_samples={num_samples}"
-        check(num_samples % self.chunk == 0, "objective.chunk", self.chunk, valid)
+    def check_likelihood(self, likelihood: Likelihood) -> None:
+        valid = f"a divisor of likelihood.num_samples={likelihood.num_samples}"
+        check(likelihood.num_samples % self.chunk == 0, "objective.chunk", self.chunk, valid)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Minus the bound, for the given samples. See `LossInputs` for shapes."""

@@ -57,10 +57,15 @@ class DPPO(Objective):
         return None if self.divergence.startswith("binary") else self.divergence
 
     @property
+    def binary_divergence(self) -> str:
+        return self.divergence[-2:]
+
+    @property
     def support_size(self) -> int:
         return self.top_k if self.divergence.startswith("topk") else 0
 
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """The masked, importance-weighted surrogate of every (sample, token). See `LossInputs` for shapes."""
         logps = inputs.logps.detach()
         log_r = log_ratio(inputs).detach()
         if self.measured_divergence is None:

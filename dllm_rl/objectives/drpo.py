@@ -44,6 +44,7 @@ class SPO(Objective):
         return log_r.expm1().abs()
 
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """The detached-weight form of the penalised surrogate. See `LossInputs` for shapes."""
         log_r = log_ratio(inputs).detach()
         distance = self.distance(log_r, inputs.old_logps)
         away = (column(inputs.advantages, log_r) * log_r).sign()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, column, exp_with_tangent, share
-from dllm_rl.objectives.kl import KLObjective, kl
+from dllm_rl.objectives.base import LossInputs, LossOutput, Share, column, exp_with_tangent, share
+from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import units
 
 
@@ -41,6 +41,7 @@ class ELBORatio(KLObjective):
         return True
 
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """The ratio of ELBOs of every sequence, clipped where asked. See `LossInputs` for shapes."""
         delta, reference, weight = units(inputs, "sequence")
         advantage = column(inputs.advantages, delta)
         ratio = exp_with_tangent(delta, self.max_delta)
@@ -48,12 +49,9 @@ class ELBORatio(KLObjective):
         high = float("inf") if self.clip_high is None else 1 + self.clip_high
         plain, bounded = -advantage * ratio, -advantage * ratio.clamp(low, high)
         losses, everywhere = torch.maximum(plain, bounded), weight > 0
-        metrics = {
+        metrics: dict[str, Share] = {
             "objective/clipped": share(bounded > plain, everywhere),
             "delta/above_max": share(delta > self.max_delta, everywhere),
         }
-        if reference is not None:
-            divergence = kl(reference, self.kl_estimator)
-            losses = losses + self.kl_coef * divergence
-            metrics["kl/mean"] = share(divergence, everywhere)
+        losses = losses + self.penalty(reference, everywhere, metrics)
         return LossOutput(inputs.reduce(losses.sum(1)), metrics)

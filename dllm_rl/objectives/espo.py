@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, column, share
-from dllm_rl.objectives.kl import KLObjective, kl
+from dllm_rl.objectives.base import LossInputs, LossOutput, check_unnormalised, column, share
+from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import units
 from dllm_rl.objectives.ppo_clip import clipped_surrogate
 
@@ -32,18 +33,22 @@ class ESPO(KLObjective):
         check(self.clip_low >= 0, "objective.clip_low", self.clip_low, "a number >= 0")
         check(self.clip_high >= 0, "objective.clip_high", self.clip_high, "a number >= 0")
 
+        valid = "seq-mean-token-sum: the ratio of a sequence is one number, its length is in the exponent"
+        check(self.aggregation == "seq-mean-token-sum", "objective.aggregation", self.aggregation, valid)
+
     @property
     def ratio_only(self) -> bool:
         return True
 
+    def check_likelihood(self, likelihood: Likelihood) -> None:
+        check_unnormalised(likelihood, "objective=espo divides by the number of tokens itself")
+
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """One clipped ratio per sequence. See `LossInputs` for shapes."""
         delta, reference, weight = units(inputs, "sequence")
         length = column(inputs.region.sum(1), delta)
         advantage = column(inputs.advantages, delta)
         losses, clipped = clipped_surrogate(delta / length, advantage, self.clip_low, self.clip_high)
         metrics = {"objective/clipped": share(clipped, weight > 0)}
-        if reference is not None:
-            divergence = kl(reference, self.kl_estimator) / length
-            losses = losses + self.kl_coef * divergence
-            metrics["kl/mean"] = share(divergence, weight > 0)
+        losses = losses + self.penalty(reference, weight > 0, metrics, per=length)
         return LossOutput(inputs.reduce(losses.sum(1)), metrics)

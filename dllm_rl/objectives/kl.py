@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, exp_with_tangent
+from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, Share, exp_with_tangent, share
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -44,3 +44,18 @@ class KLObjective(Objective):
     @property
     def uses_reference(self) -> bool:
         return self.kl_coef > 0
+
+    def penalty(
+        self, reference: Tensor | None, exists: Tensor, metrics: dict[str, Share], per: Tensor | float = 1.0
+    ) -> Tensor | float:
+        """kl_coef x KL / `per` of each unit, with its mean in `metrics`; 0 without a reference policy.
+
+        Args:
+            reference: log π/π_ref of each unit, or None.
+            exists: where there is a unit, the same shape.
+        """
+        if reference is None:
+            return 0.0
+        divergence = kl(reference, self.kl_estimator) / per
+        metrics["kl/mean"] = share(divergence, exists)
+        return self.kl_coef * divergence

@@ -7,7 +7,7 @@ With r the ratio of a unit (see `levels`), minimised per unit:
 
 Sources: Schulman et al. 2017, eq. 7; GRPO, arXiv 2402.03300, eq. 3; dual clip, arXiv 1912.09729, eq. 5; clip-higher, DAPO,
 arXiv 2503.14476. The gradient is 0 where A > 0 and r > 1 + clip_high or A < 0 and r < 1 − clip_low, and
-−A r ∇log π elsewhere (log-ratios beyond ±20 are clamped and have none). Clipping acts only off-policy.
+−A r ∇log π elsewhere (for log-ratios above 20 with r continued as its tangent). Clipping acts only off-policy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, column, share
-from dllm_rl.objectives.kl import KLObjective, kl
+from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, column, exp_with_tangent, share
+from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import LEVELS, SEPARABLE_LEVELS, units
 
 
@@ -51,15 +51,13 @@ class PPOClip(KLObjective):
         return True
 
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """The clipped surrogate and the KL term of every unit. See `LossInputs` for shapes."""
         delta, reference, weight = units(inputs, self.level)
         advantage = column(inputs.advantages, delta)
         losses, clipped = clipped_surrogate(delta, advantage, self.clip_low, self.clip_high, self.dual_clip)
         exists = weight > 0
         metrics = {"objective/clipped": share(clipped, exists)}
-        if reference is not None:
-            divergence = kl(reference, self.kl_estimator)
-            losses = losses + self.kl_coef * divergence
-            metrics["kl/mean"] = share(divergence, exists)
+        losses = losses + self.penalty(reference, exists, metrics)
         return LossOutput(inputs.reduce((weight * losses).sum(1)), metrics)
 
 
@@ -75,7 +73,7 @@ def clipped_surrogate(
     delta: Tensor, advantage: Tensor, low: float, high: float, dual: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Loss of each unit, and whether its gradient is clipped away: log-ratios [B, U] and A [B, 1] -> two [B, U]."""
-    ratio = delta.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    ratio = exp_with_tangent(delta, MAX_LOG_RATIO)
     plain, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
     losses, clipped = torch.maximum(plain, bounded), bounded > plain
     if dual is not None:

@@ -23,5 +23,10 @@ class Reinforce(Objective):
     def separable(self) -> bool:
         return True
 
+    @property
+    def uses_old(self) -> bool:
+        return False
+
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """Minus the weighted ELBO. See `LossInputs` for shapes."""
         return LossOutput(weighted_logp_loss(inputs, torch.ones_like(inputs.logps)), {})

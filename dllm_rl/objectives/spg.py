@@ -18,9 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.likelihood import elbo_terms
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, check_unnormalised
 
 NEGATIVES = ("mix", "eubo", "elbo", "zero")
 
@@ -43,7 +44,20 @@ class SPG(Objective):
         check(self.beta >= 1, "objective.beta", self.beta, "a number >= 1")
         check(0 <= self.mix_weight <= 1, "objective.mix_weight", self.mix_weight, "a number from 0 to 1")
 
+    @property
+    def uses_old(self) -> bool:
+        return False
+
+    def check_likelihood(self, likelihood: Likelihood) -> None:
+        check_unnormalised(likelihood, "the weights of objective=spg enter a logarithm")
+
+    def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
+        """With negative=zero, completions below average have no gradient and cost no pass: [B] -> [B]."""
+        del valid, group_size
+        return advantages.clamp(min=0) if self.negative == "zero" else advantages
+
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """Minus A x the bound that fits the sign of A. See `LossInputs` for shapes."""
         elbo = elbo_terms(inputs.logps, inputs.weights).sum(1) / inputs.num_samples
         share_of_eubo = {"mix": self.mix_weight, "eubo": 1.0, "elbo": 0.0, "zero": 0.0}[self.negative]
         negative = share_of_eubo * eubo(inputs, self.beta) + (1 - share_of_eubo) * elbo

@@ -33,6 +33,10 @@ class WD1(Objective):
     def separable(self) -> bool:
         return True
 
+    @property
+    def uses_old(self) -> bool:
+        return False
+
     def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
         """w⁺ − w⁻: [B] -> [B]; exactly 0 in a group of equal advantages and for completions without a grade."""
         grouped = rearrange(self.psi * advantages, "(p g) -> p g", g=group_size)
@@ -41,4 +45,5 @@ class WD1(Objective):
         return rearrange(up - down, "p g -> (p g)")
 
     def loss(self, inputs: LossInputs) -> LossOutput:
+        """Minus the weighted ELBO. See `LossInputs` for shapes."""
         return LossOutput(weighted_logp_loss(inputs, torch.ones_like(inputs.logps)), {})
