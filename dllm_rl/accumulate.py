@@ -19,9 +19,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dllm_rl.diffusion.likelihood import Denoiser
+from dllm_rl.diffusion.likelihood import Read, Reader, token_logps
 from dllm_rl.objectives.aggregation import Totals, coefficients
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Share
+from dllm_rl.objectives.base import Extras, LossInputs, LossOutput, Objective, Share
 from dllm_rl.scoring import Chunk, Masks, Old, Recorder, Scores, masked_forward
 from dllm_rl.types import Completions
 
@@ -53,15 +53,17 @@ class Engine:
         completions: B sequences.
         masks: where their corruptions come from.
         micro_samples: pairs of sequence and corruption per forward pass. Trades speed for memory, never the result.
+        read: what a network is asked at the scored positions: `token_logps` of a policy or `token_values` of a critic.
     """
 
-    def __init__(self, completions: Completions, masks: Masks, micro_samples: int) -> None:
-        self.completions, self.masks, self.micro_samples = completions, masks, micro_samples
+    def __init__(self, completions: Completions, masks: Masks, micro_samples: int, read: Read = token_logps) -> None:
+        self.completions, self.masks, self.micro_samples, self.read = completions, masks, micro_samples, read
         self.num_samples = masks.likelihood.num_samples
 
-    def score(self, policy: Denoiser, *, top_k: int = 0) -> Scores:
-        """Log-probabilities under all corruptions, without graphs. `top_k` > 0 also keeps that part of the distributions."""
-        recorder = Recorder(self.completions, self.masks.likelihood, policy, top_k=top_k)
+    def score(self, policy: Reader, *, top_k: int = 0) -> Scores:
+        """Log-probabilities (or values) under all corruptions, without graphs. `top_k` > 0 also keeps that part of the
+        distributions."""
+        recorder = Recorder(self.completions, self.masks.likelihood, policy, read=self.read, top_k=top_k)
         with torch.no_grad():
             for chunk in self._chunks(policy):
                 recorder.forward(policy, chunk)
@@ -69,13 +71,14 @@ class Engine:
 
     def backward(
         self,
-        policy: Denoiser,
+        policy: Reader,
         objective: Objective,
         advantages: Tensor,
         totals: Totals,
         *,
         old: Old | None = None,
         reference: Scores | None = None,
+        extras: Extras | None = None,
         keep_top_k: bool = False,
         driver: str = "auto",
         run_backward: Callable[[Tensor], None] = torch.Tensor.backward,
@@ -84,11 +87,12 @@ class Engine:
         """Adds the objective's gradient to the parameters.
 
         Args:
-            advantages: [B].
+            advantages: [B], or [B, L] for objectives that take one per token.
             totals: the sizes of the whole update.
             old: the policy that sampled. None: `policy` is still that one, so its values are the current ones and no pass
                 is needed for them.
-            reference: scores under the reference policy, for objectives with a KL term.
+            reference: scores under the reference policy, for objectives that read it.
+            extras: what else the objective reads of the whole update.
             keep_top_k: keep what later updates need for top-K divergences from this policy.
             driver: auto (single pass where possible, else two passes), single_pass, two_pass or retained.
             run_backward: `accelerator.backward` in a distributed run.
@@ -101,9 +105,10 @@ class Engine:
             driver = "single_pass" if objective.separable or self.num_samples == 1 else "two_pass"
         top_k = objective.support_size if keep_top_k else 0
         recorder = Recorder(
-            self.completions, self.masks.likelihood, policy, top_k=top_k, divergence=objective.measured_divergence, old=old
+            self.completions, self.masks.likelihood, policy, read=self.read, top_k=top_k,
+            divergence=objective.measured_divergence, old=old,
         )
-        loss_of = _Loss(self, objective, advantages, totals, old, reference, recorder)
+        loss_of = _Loss(self, objective, advantages, totals, old, reference, extras or Extras(), recorder)
         if driver == "single_pass":
             return self._single_pass(policy, loss_of, run_backward, at_half)
         if driver == "two_pass":
@@ -113,7 +118,7 @@ class Engine:
         raise ValueError(f"driver={driver}: must be one of {', '.join(DRIVERS)}")
 
     def _single_pass(
-        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
+        self, policy: Reader, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
     ) -> tuple[Scores, dict[str, float]]:
         metrics = _Metrics()
         for chunk in self._chunks(policy, at_half):
@@ -124,7 +129,7 @@ class Engine:
         return loss_of.recorder.scores(), metrics.means()
 
     def _two_pass(
-        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
+        self, policy: Reader, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
     ) -> tuple[Scores, dict[str, float]]:
         recorder, metrics = loss_of.recorder, _Metrics()
         known = loss_of.objective.ratio_only and loss_of.old is None and loss_of.reference is None
@@ -144,7 +149,7 @@ class Engine:
 
         drift = torch.zeros((), device=logps.device)
         for chunk in self._chunks(policy, at_half):
-            again = recorder.forward(policy, chunk) if known else masked_forward(policy, chunk)
+            again = recorder.forward(policy, chunk) if known else masked_forward(policy, chunk, self.read)
             if not known and len(again):
                 drift = torch.maximum(drift, (again.detach() - first.logps[chunk.rows, chunk.sample]).abs().max())
             if again.requires_grad:
@@ -153,7 +158,7 @@ class Engine:
         return recorder.scores() if known else first, metrics.means() | health
 
     def _retained(
-        self, policy: Denoiser, loss_of: _Loss, run_backward: Callable[[Tensor], None]
+        self, policy: Reader, loss_of: _Loss, run_backward: Callable[[Tensor], None]
     ) -> tuple[Scores, dict[str, float]]:
         recorder, metrics = loss_of.recorder, _Metrics()
         graphs, pairs = [], []
@@ -168,7 +173,7 @@ class Engine:
         return scores, metrics.means()
 
     def _chunks(
-        self, policy: Denoiser, at_half: Callable[[], None] | None = None, size: int | None = None
+        self, policy: Reader, at_half: Callable[[], None] | None = None, size: int | None = None
     ) -> Iterator[Chunk]:
         """`size` (`micro_samples`) pairs at a time, all sequences of sample 0 first.
 
@@ -193,8 +198,9 @@ class _Loss:
 
     def __init__(
         self, engine: Engine, objective: Objective, advantages: Tensor, totals: Totals, old: Old | None,
-        reference: Scores | None, recorder: Recorder,
+        reference: Scores | None, extras: Extras, recorder: Recorder,
     ) -> None:
+        self._extras = extras
         self.objective, self.old, self.reference, self.recorder = objective, old, reference, recorder
         self._num_samples, self._advantages = engine.num_samples, advantages
         self._region = recorder.scores().region
@@ -210,7 +216,7 @@ class _Loss:
             weights=rearrange(chunk.corruption.weight, "c -> c 1"), advantages=self._advantages[chunk.rows],
             coefficients=self._coefficients[chunk.rows], region=self._region[chunk.rows], num_samples=self._num_samples,
             ref_logps=None if self.reference is None else _one(self.reference.logps[pairs]),
-            divergence=None if divergence is None else _one(divergence[pairs]),
+            divergence=None if divergence is None else _one(divergence[pairs]), extras=self._extras.rows(chunk.rows),
         ))
 
     def all(self, scores: Scores, logps: Tensor) -> LossOutput:
@@ -219,7 +225,7 @@ class _Loss:
             logps=logps, old_logps=logps.detach() if self.old is None else self.old.scores.logps, scored=scores.scored,
             weights=scores.weights, advantages=self._advantages, coefficients=self._coefficients, region=self._region,
             num_samples=self._num_samples, ref_logps=None if self.reference is None else self.reference.logps,
-            divergence=scores.divergence,
+            divergence=scores.divergence, extras=self._extras,
         ))
 
 

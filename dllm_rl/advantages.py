@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dllm_rl.errors import check
@@ -29,32 +28,36 @@ class AdvantageConfig:
 
 
 def compute_advantages(
-    rewards: Tensor, valid: Tensor, group_size: int, kind: str = "group_standardised", epsilon: float = 1e-6
+    rewards: Tensor, valid: Tensor, groups: Tensor, kind: str = "group_standardised", epsilon: float = 1e-6
 ) -> Tensor:
     """Advantages of the completions of one step. Standard deviations are the unbiased ones, as in verl and TRL.
 
     Args:
-        rewards: [B] with the `group_size` completions of one prompt side by side.
+        rewards: [B].
         valid: [B] bool; False leaves a completion out of the statistics and gives it advantage 0 (a grader that failed says
             nothing about the completion).
-        group_size: G; B is a multiple of it.
+        groups: [B] int64: completions of the same prompt share a number.
         kind: see `AdvantageConfig`.
 
     Returns:
         [B] float32. What is compared (a group; for z_score the batch) gives exact zeros if its rewards are all equal, or if
         fewer than two of its completions are valid.
     """
-    size = len(rewards) if kind == "z_score" else group_size
-    grouped = rearrange(rewards.double(), "(p g) -> p g", g=size)
-    kept = rearrange(valid, "(p g) -> p g", g=size)
-    count = kept.sum(1, keepdim=True)
-    mean = grouped.where(kept, 0.0).sum(1, keepdim=True) / count.clamp(min=1)
-    centred = (grouped - mean).where(kept, 0.0)
+    rewards = rewards.double()
+    number = torch.zeros_like(groups) if kind == "z_score" else groups.unique(return_inverse=True)[1]
+
+    def total(values: Tensor) -> Tensor:
+        sums = values.new_zeros(int(number.max()) + 1).index_add(0, number, values)
+        return sums[number]
+
+    count = total(valid.double())
+    centred = (rewards - total(rewards.where(valid, 0.0)) / count.clamp(min=1)).where(valid, 0.0)
     if kind == "leave_one_out":
         centred = centred * count / (count - 1).clamp(min=1)
     elif kind != "mean_only":
-        centred = centred / ((centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + epsilon)
-    lowest = grouped.where(kept, torch.inf).amin(1, keepdim=True)
-    highest = grouped.where(kept, -torch.inf).amax(1, keepdim=True)
+        centred = centred / ((total(centred.square()) / (count - 1).clamp(min=1)).sqrt() + epsilon)
+    lowest = rewards.new_full((int(number.max()) + 1,), torch.inf)
+    lowest = lowest.scatter_reduce(0, number, rewards.where(valid, torch.inf), "amin")[number]
     # Comparing the rewards themselves: rounding of the mean must not turn equal rewards into a signal.
-    return rearrange(torch.where(highest > lowest, centred, 0.0), "p g -> (p g)").float()
+    differs = total(((rewards > lowest) & valid).double()) > 0
+    return torch.where(differs, centred, 0.0).float()

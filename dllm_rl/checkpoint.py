@@ -17,23 +17,29 @@ import torch
 
 from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy
+from dllm_rl.models.value_head import ValueModel
 
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 
 
-def save_checkpoint(run_dir: Path, step: int, policy: Policy, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    run_dir: Path, step: int, policy: Policy, state: dict[str, Any], keep: int, critic: ValueModel | None = None
+) -> Path:
     """Writes `checkpoints/step-NNNNNN` of a run and removes all but the newest `keep` complete ones.
 
     Args:
         step: optimizer steps or updates done.
         state: tensors and plain values needed to continue, such as the optimizer's `state_dict`.
+        critic: saved beside the policy.
     """
     final = run_dir / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     policy.save(temporary)
+    if critic:
+        critic.save(temporary)
     torch.save({"step": step, **state}, temporary / STATE)
     _write_manifest(temporary)
     shutil.rmtree(final, ignore_errors=True)

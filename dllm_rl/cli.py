@@ -9,7 +9,8 @@ from dllm_rl import __version__
 
 COMMANDS = {
     "sft": "supervised fine-tuning on a task's demonstrations",
-    "train": "reinforcement learning from a checkpoint (BGPO)",
+    "train": "learn from rewards: reinforcement learning (BGPO and others), or from a file (RPO, DRO, KTO, ...)",
+    "rollout": "write scored completions of a policy to a file, or score a file with a reward model",
     "evaluate": "greedy and sampled accuracy with 95 % intervals",
     "generate": "sample completions and watch the order of unmasking",
 }

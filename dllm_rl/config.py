@@ -8,6 +8,7 @@ from __future__ import annotations
 from hydra.core.config_store import ConfigStore
 
 from dllm_rl.advantages import AdvantageConfig
+from dllm_rl.critic import CriticConfig
 from dllm_rl.diffusion.estimators import (
     Bernoulli,
     Block,
@@ -21,20 +22,29 @@ from dllm_rl.diffusion.estimators import (
 )
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.evaluation import EvaluationConfig
+from dllm_rl.kl_reward import KLRewardConfig
+from dllm_rl.models.reward_model import LearnedReward
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
 from dllm_rl.objectives.coupled_grpo import CoupledGRPO
 from dllm_rl.objectives.dppo import DPPO
+from dllm_rl.objectives.dro import DRO
 from dllm_rl.objectives.drpo import DRPO, SPO
 from dllm_rl.objectives.elbo_ratio import ELBORatio
 from dllm_rl.objectives.espo import ESPO
+from dllm_rl.objectives.kto import KTO
 from dllm_rl.objectives.ppo_clip import GRPO, PPOClip
 from dllm_rl.objectives.reinforce import Reinforce
+from dllm_rl.objectives.rpo import RPO
+from dllm_rl.objectives.sft import SFT
 from dllm_rl.objectives.spg import SPG
 from dllm_rl.objectives.unigrpo import UniGRPO
+from dllm_rl.objectives.vrpo import VRPO
 from dllm_rl.objectives.wd1 import WD1
+from dllm_rl.offline import OfflineConfig
 from dllm_rl.optimization import OptimizerConfig
 from dllm_rl.supervised import SupervisedConfig
+from dllm_rl.task import TaskReward
 from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
 from dllm_rl.tasks.math.gsm8k import GSM8K
@@ -79,12 +89,21 @@ GROUPS: dict[str, dict[str, type]] = {
         "spg": SPG,
         "coupled_grpo": CoupledGRPO,
         "unigrpo": UniGRPO,
+        "rpo": RPO,
+        "dro": DRO,
+        "kto": KTO,
+        "vrpo": VRPO,
+        "sft": SFT,
     },
+    "reward": {"task": TaskReward, "learned": LearnedReward},
 }
 SECTIONS: dict[str, dict[str, type]] = {
     "train": {
         "trainer": TrainerConfig,
         "advantage": AdvantageConfig,
+        "critic": CriticConfig,
+        "kl_reward": KLRewardConfig,
+        "offline": OfflineConfig,
         "optimizer": OptimizerConfig,
         "evaluation": EvaluationConfig,
     },

@@ -28,7 +28,7 @@ def diagnostics(scores: Scores, old: Scores | None, advantages: Tensor, binary_k
         scores: of the B completions under the current policy.
         old: the same corruptions under the policy that sampled; None where they were not evaluated, which leaves out
             everything but elbo/.
-        advantages: [B].
+        advantages: [B] or [B, L].
         binary_kind: tv or kl, the binary divergence shown where the objective measures none.
 
     Returns:
@@ -58,7 +58,8 @@ def diagnostics(scores: Scores, old: Scores | None, advantages: Tensor, binary_k
 
 
 def bound_gap(delta: Tensor, advantages: Tensor) -> float:
-    """Mean over completions of A exp(mean δ) − Σ g_j, >= 0: δ [B, N] and A [B]."""
+    """Mean over completions of A exp(mean δ) − Σ g_j, >= 0: δ [B, N] and A [B] (the mean of A where each token has one)."""
+    advantages = advantages if advantages.dim() == 1 else advantages.mean(1)
     advantage = rearrange(advantages.double(), "b -> b 1")
     bound = advantage * bgpo_factors(delta.double(), advantage, torch.inf).mean(1, keepdim=True)
     return float((advantage * delta.double().mean(1, keepdim=True).exp() - bound).mean())

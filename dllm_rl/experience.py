@@ -1,58 +1,76 @@
-"""From prompts to advantages: everything that happens before a gradient is taken."""
+"""From prompts to graded completions: what a step learns from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from dllm_rl.advantages import AdvantageConfig, compute_advantages
 from dllm_rl.diffusion.noise import Purpose, make_key, uniform
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.models.policy import Policy
-from dllm_rl.task import Prompt, Reward, Task
+from dllm_rl.objectives.groups import group_sum
+from dllm_rl.task import Grader, Prompt, Reward, Task
 from dllm_rl.types import Completions
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Scored completions of one step. The G completions of a prompt lie side by side."""
+    """Graded completions of one step, fresh or from a file. Completions of a prompt lie side by side."""
 
-    prompts: list[Prompt]
-    """B entries: each prompt repeated G times."""
     completions: Completions
-    texts: list[str]
-    rewards: list[Reward]
+    rewards: Tensor
+    """[B] float64."""
+    valid: Tensor
+    """[B] bool: False where the grader, not the completion, failed."""
+    groups: Tensor
+    """[B] int64: completions of the same prompt share a number."""
     advantages: Tensor
-    """[B]."""
-    group_size: int
-
-    @property
-    def values(self) -> Tensor:
-        """[B] float64 reward values."""
-        return torch.tensor([reward.value for reward in self.rewards], dtype=torch.float64)
-
-    @property
-    def valid(self) -> Tensor:
-        """[B] bool: False where the grader, not the completion, failed."""
-        return torch.tensor([reward.verdict != "infra_error" for reward in self.rewards])
+    """[B], or [B, L] from a critic on the trajectory; 0 until they are assessed."""
+    mask_step: int
+    """The step in the keys of the corruptions: equal numbers see equal masks."""
 
     def metrics(self) -> dict[str, float]:
-        """The `reward/` and `rollout/` figures of metrics.jsonl; rewards are over the completions that could be graded."""
-        values, valid = self.values, self.valid
-        kept = values[valid]
-        groups = self.advantages.view(-1, self.group_size)
-        unique = {(prompt.id, text) for prompt, text in zip(self.prompts, self.texts, strict=True)}
+        """The `reward/` figures of metrics.jsonl, over the completions that could be graded."""
+        kept = self.rewards[self.valid]
+        moved = (self.advantages != 0).flatten(1).any(1) if self.advantages.dim() > 1 else self.advantages != 0
+        still = group_sum(moved.double(), self.groups) == 0
         return {
             "reward/mean": float(kept.mean()) if len(kept) else float("nan"),
             "reward/std": float(kept.std(correction=0)) if len(kept) else float("nan"),
-            "reward/zero_advantage_groups": int((groups == 0).all(1).sum()),
-            "reward/no_answer": sum(reward.verdict == "no_answer" for reward in self.rewards),
-            "reward/timeout": sum(reward.verdict == "timeout" for reward in self.rewards),
-            "reward/infra_error": int((~valid).sum()),
+            "reward/zero_advantage_groups": len(self.groups[still].unique()),
+        }
+
+    def records(self, step: int) -> Iterator[dict[str, Any]]:
+        """The lines of rollouts.jsonl: none for completions that were read from a file."""
+        del step
+        return iter(())
+
+
+@dataclass(frozen=True)
+class Rollouts(Experience):
+    """Completions that the policy has just sampled."""
+
+    prompts: list[Prompt]
+    """B entries: each prompt repeated G times."""
+    texts: list[str]
+    graded: list[Reward]
+
+    def metrics(self) -> dict[str, float]:
+        """The `reward/` and `rollout/` figures of metrics.jsonl."""
+        unique = {(prompt.id, text) for prompt, text in zip(self.prompts, self.texts, strict=True)}
+        by_task = [reward.parts["task"] for reward in self.graded if "task" in reward.parts]
+        return {
+            **super().metrics(),
+            **({"reward/task": sum(by_task) / len(by_task)} if by_task else {}),
+            "reward/no_answer": sum(reward.verdict == "no_answer" for reward in self.graded),
+            "reward/timeout": sum(reward.verdict == "timeout" for reward in self.graded),
+            "reward/infra_error": int((~self.valid).sum()),
             "rollout/unique": len(unique),
             "rollout/count": len(self.texts),
             "rollout/length": sum(map(len, self.texts)) / len(self.texts),
@@ -60,8 +78,9 @@ class Experience:
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """The lines of rollouts.jsonl: everything about each completion, with the order of its tokens."""
-        orders, advantages = self.completions.unmask_step.tolist(), self.advantages.tolist()
-        for index, (prompt, text, reward) in enumerate(zip(self.prompts, self.texts, self.rewards, strict=True)):
+        orders = self.completions.unmask_step.tolist()
+        advantages = (self.advantages if self.advantages.dim() == 1 else self.advantages.mean(1)).tolist()
+        for index, (prompt, text, reward) in enumerate(zip(self.prompts, self.texts, self.graded, strict=True)):
             yield {
                 "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "completion": text, "reward": reward.value,
                 "verdict": reward.verdict, "parts": dict(reward.parts), "advantage": advantages[index],
@@ -69,14 +88,41 @@ class Experience:
             }
 
 
-def pick_prompts(prompts: Sequence[Prompt], count: int, *, seed: int, step: int) -> list[Prompt]:
-    """The `count` prompts of a step, a pure function of (seed, step): passes over the whole set, each in a new order."""
+class Source(Protocol):
+    """Where the experience of a step comes from; the loop does not know whether it is fresh."""
+
+    def experience(self, step: int) -> Experience:
+        """The completions of step `step` (1, 2, ...), a pure function of it and of the policy's weights."""
+
+
+@dataclass(frozen=True)
+class RolloutSource:
+    """Samples `group_size` completions of each of `prompts_per_step` training prompts and grades them."""
+
+    policy: Policy
+    task: Task
+    grader: Grader
+    sampler: LowConfidence
+    prompts_per_step: int
+    group_size: int
+    seed: int
+
+    def experience(self, step: int) -> Rollouts:
+        """Fresh completions of the prompts whose turn it is."""
+        chosen = pick(self.task.prompts("train"), self.prompts_per_step, seed=self.seed, step=step - 1)
+        return collect(
+            self.policy, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step
+        )
+
+
+def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Item]:
+    """The `count` items of a step, a pure function of (seed, step): passes over the whole set, each in a new order."""
     positions = range(step * count, (step + 1) * count)
     orders: dict[int, list[int]] = {}
-    for epoch in {position // len(prompts) for position in positions}:
-        noise = uniform(make_key(seed, Purpose.PROMPT_ORDER, epoch), len(prompts))
+    for epoch in {position // len(items) for position in positions}:
+        noise = uniform(make_key(seed, Purpose.PROMPT_ORDER, epoch), len(items))
         orders[epoch] = noise.argsort().tolist()
-    return [prompts[orders[position // len(prompts)][position % len(prompts)]] for position in positions]
+    return [items[orders[position // len(items)][position % len(items)]] for position in positions]
 
 
 def rollout(
@@ -89,21 +135,21 @@ def rollout(
 
 
 def collect(
-    policy: Policy, task: Task, sampler: LowConfidence, prompts: Sequence[Prompt], group_size: int,
-    advantage: AdvantageConfig, *, seed: int, step: int,
-) -> Experience:
-    """Samples `group_size` completions per prompt, scores them and compares each with its group.
+    policy: Policy, task: Task, grader: Grader, sampler: LowConfidence, prompts: Sequence[Prompt], group_size: int, *,
+    seed: int, step: int,
+) -> Rollouts:
+    """Samples `group_size` completions per prompt and grades them.
 
     Raises:
         RuntimeError: the grader failed on more than half of the completions.
     """
     repeated = [prompt for prompt in prompts for _ in range(group_size)]
     completions, texts = rollout(policy, task, sampler, repeated, seed=seed, step=step)
-    rewards = task.score_batch(repeated, texts)
-    experience = Experience(repeated, completions, texts, rewards, torch.zeros(len(texts)), group_size)
-    if 2 * experience.valid.sum() < len(texts):
-        raise RuntimeError(f"the grader failed on {int((~experience.valid).sum())} of {len(texts)} completions")
-    advantages = compute_advantages(
-        experience.values, experience.valid, group_size, advantage.kind, advantage.epsilon
-    )
-    return Experience(repeated, completions, texts, rewards, advantages.to(policy.device), group_size)
+    graded = grader.score_batch(repeated, texts)
+    rewards = torch.tensor([reward.value for reward in graded], dtype=torch.float64, device=policy.device)
+    valid = torch.tensor([reward.verdict != "infra_error" for reward in graded], device=policy.device)
+    if 2 * valid.sum() < len(texts):
+        raise RuntimeError(f"the grader failed on {int((~valid).sum())} of {len(texts)} completions")
+    groups = torch.arange(len(prompts), device=policy.device).repeat_interleave(group_size)
+    unassessed = torch.zeros(len(texts), device=policy.device)
+    return Rollouts(completions, rewards, valid, groups, unassessed, step, repeated, texts, graded)

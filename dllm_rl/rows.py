@@ -38,44 +38,44 @@ def load_rows(source: str, split: str, required: Sequence[str], config_name: str
 
 
 def load_placed_rows(
-    source: str, split: str, required: Sequence[str], config_name: str | None = None
+    source: str, split: str, required: Sequence[str], config_name: str | None = None, key: str = "task.data"
 ) -> list[tuple[str, Row]]:
-    """`load_rows`, each row with its place for error messages.
+    """`load_rows`, each row with its place for error messages; `key` is the configuration key that holds `source`.
 
     Example: `[("gsm8k/test.jsonl:1", {"question": "Janet's ducks lay ...", "answer": "... #### 18"}), ...]`
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        path = _split_file(path, split)
+        path = _split_file(path, split, key)
     if path.suffix in _READERS:
-        rows: Iterable[tuple[str, Row]] = _READERS[path.suffix](path)
+        rows: Iterable[tuple[str, Row]] = _READERS[path.suffix](path, key)
     else:
-        rows = _with_datasets(source, path, split, config_name)
+        rows = _with_datasets(source, path, split, config_name, key)
     checked = [(place, _checked(row, place, required)) for place, row in rows]
     if not checked:
-        raise UserError(f"task.data={source}: holds no rows")
+        raise UserError(f"{key}={source}: holds no rows")
     return checked
 
 
-def _split_file(folder: Path, split: str) -> Path:
+def _split_file(folder: Path, split: str, key: str) -> Path:
     for suffix in (".jsonl", ".json", ".csv", ".parquet"):
         if (folder / f"{split}{suffix}").is_file():
             return folder / f"{split}{suffix}"
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise UserError(f"task.data={folder}: holds no {split}.jsonl, .json, .csv or .parquet (it holds {found})")
+    raise UserError(f"{key}={folder}: holds no {split}.jsonl, .json, .csv or .parquet (it holds {found})")
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, key: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"task.data={path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{key}={path}: cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"task.data={path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{key}={path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _json_lines(path: Path, key: str) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(_text(path, key).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -87,8 +87,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
         yield f"{path}:{number}", row
 
 
-def _csv_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+def _csv_lines(path: Path, key: str) -> Iterator[tuple[str, Row]]:
+    reader = csv.DictReader(io.StringIO(_text(path, key), newline=""))
     try:
         for row in reader:
             place = f"{path}:{reader.line_num}"
@@ -99,14 +99,16 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}:{reader.line_num}: is not CSV ({error})") from None
 
 
-_READERS: Mapping[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {".jsonl": _json_lines, ".csv": _csv_lines}
+_READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {".jsonl": _json_lines, ".csv": _csv_lines}
 
 
-def _with_datasets(source: str, path: Path, split: str, config_name: str | None) -> Iterator[tuple[str, Row]]:
+def _with_datasets(
+    source: str, path: Path, split: str, config_name: str | None, key: str
+) -> Iterator[tuple[str, Row]]:
     formats = {".json": "json", ".parquet": "parquet"}
     local = path.suffix in formats
     if local and not path.is_file():
-        raise UserError(f"task.data={source}: no such file; give a .jsonl, .json, .csv or .parquet file, a folder, "
+        raise UserError(f"{key}={source}: no such file; give a .jsonl, .json, .csv or .parquet file, a folder, "
                         "or a data set name on the hub")
     import datasets
 
@@ -117,8 +119,8 @@ def _with_datasets(source: str, path: Path, split: str, config_name: str | None)
             rows = datasets.load_dataset(source, config_name, split=split)
     except Exception as error:  # datasets, huggingface_hub and pyarrow each raise classes of their own
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"task.data={source}: is no local file or folder, and the hub gave: {reason}" if not local
-                        else f"task.data={source}: cannot be read ({reason})") from None
+        raise UserError(f"{key}={source}: is no local file or folder, and the hub gave: {reason}" if not local
+                        else f"{key}={source}: cannot be read ({reason})") from None
     for index, row in enumerate(rows):
         yield f"{source}: row {index + 1}", row
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from dllm_rl.diffusion import divergence as divergences
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.divergence import Support
-from dllm_rl.diffusion.likelihood import Denoiser, elbo_terms, scored_logits, token_logps
+from dllm_rl.diffusion.likelihood import Denoiser, Look, Read, Reader, elbo_terms, scored_logits, token_logps
 from dllm_rl.types import Completions, Corruption
 
 
@@ -25,7 +24,7 @@ class Masks:
     inner: int = 0
     """Number of the inner update, for methods that draw new masks for each; equal numbers see equal masks."""
 
-    def draw(self, policy: Denoiser, completions: Completions, sample: Tensor) -> Corruption:
+    def draw(self, policy: Reader, completions: Completions, sample: Tensor) -> Corruption:
         return self.likelihood.draw(
             completions, sample, seed=self.seed, step=self.step + (self.inner << 32), mask_id=policy.mask_id,
             eos_id=policy.eos_id,
@@ -79,11 +78,12 @@ class Chunk:
 class Recorder:
     """Fills `Scores` chunk by chunk, and takes what needs whole distributions while the logits are there.
 
-    `top_k` > 0 keeps the support of later divergences; `divergence` names the one to measure from `old`.
+    `read` says what is read; `top_k` > 0 keeps the support of later divergences; `divergence` names the one to measure from
+    `old`.
     """
 
     def __init__(
-        self, completions: Completions, likelihood: Likelihood, policy: Denoiser, *, top_k: int = 0,
+        self, completions: Completions, likelihood: Likelihood, policy: Reader, *, read: Read = token_logps, top_k: int = 0,
         divergence: str | None = None, old: Old | None = None,
     ) -> None:
         ids = completions.ids
@@ -98,6 +98,7 @@ class Recorder:
         self._mask_id, self._top_k = policy.mask_id, top_k
         self._kind = divergence if old else None
         self._old = old
+        self._read = read
 
     def note(self, chunk: Chunk) -> None:
         """Records a corruption without a forward pass."""
@@ -108,7 +109,7 @@ class Recorder:
         self._weights[rows, sample] = corruption.weight
         self._mask_ratio[rows, sample] = hidden.sum(1) / region.sum(1).double()
 
-    def forward(self, policy: Denoiser, chunk: Chunk) -> Tensor:
+    def forward(self, policy: Reader, chunk: Chunk) -> Tensor:
         """Log-probabilities of a chunk, [C, L], with a graph if autograd is on; their values are recorded."""
         self.note(chunk)
 
@@ -118,7 +119,7 @@ class Recorder:
             if self._kind:
                 self._measure(chunk, logits)
 
-        logps = masked_forward(policy, chunk, look)
+        logps = masked_forward(policy, chunk, self._read, look)
         if chunk.corruption.scored.any():
             if self._logps is None:
                 self._logps = logps.new_zeros(self._scored.shape)
@@ -159,14 +160,14 @@ class Recorder:
         self._divergence[rows, sample, position] = values
 
 
-def masked_forward(policy: Denoiser, chunk: Chunk, look: Callable[[Tensor], None] | None = None) -> Tensor:
-    """`token_logps` of a chunk, [C, L], without a forward pass for pairs that score nothing."""
+def masked_forward(policy: Reader, chunk: Chunk, read: Read = token_logps, look: Look | None = None) -> Tensor:
+    """`read` of a chunk, [C, L], without a forward pass for pairs that score nothing."""
     active = chunk.corruption.scored.any(1)
     if active.all():
-        return token_logps(policy, chunk.completions, chunk.corruption, look)
+        return read(policy, chunk.completions, chunk.corruption, look)
     if not active.any():
         return torch.zeros(chunk.corruption.scored.shape, device=active.device)
-    logps = token_logps(policy, chunk.completions.rows(active), chunk.corruption.rows(active), look)
+    logps = read(policy, chunk.completions.rows(active), chunk.corruption.rows(active), look)
     return logps.new_zeros(chunk.corruption.scored.shape).index_put((active,), logps)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from dllm_rl.errors import UserError
 
@@ -47,11 +47,28 @@ class Reward:
     """Further figures by name, averaged by `dllm-rl evaluate`."""
 
 
+@dataclass
+class TaskReward:
+    """The task's own reward (`reward=task`)."""
+
+    def grader(self, task: Task, device: object) -> Grader:
+        """The task itself."""
+        del device
+        return task
+
+
 class Demonstration(NamedTuple):
     """A prompt and a completion to imitate, for supervised fine-tuning."""
 
     prompt: str
     completion: str
+
+
+class Grader(Protocol):
+    """Whatever grades completions: a task, or a learned reward."""
+
+    def score_batch(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
+        """One reward per completion."""
 
 
 class Task(ABC):

@@ -147,7 +147,7 @@ def step_line(metrics: Mapping[str, float], steps: int) -> str:
     parts = [
         f"step {metrics['step']:>4}/{steps}",
         f"reward {metrics['reward/mean']:.3f}",
-        f"unique {metrics['rollout/unique']}/{metrics['rollout/count']}",
+        *([f"unique {metrics['rollout/unique']}/{metrics['rollout/count']}"] if "rollout/unique" in metrics else []),
         f"zero-advantage groups {metrics['reward/zero_advantage_groups']}",
     ]
     if "loss" in metrics:
@@ -155,6 +155,7 @@ def step_line(metrics: Mapping[str, float], steps: int) -> str:
             *([f"|δ| {metrics['delta/max_abs']:.3g}"] if "delta/max_abs" in metrics else []),
             f"elbo {metrics['elbo/mean']:.2f}±{metrics['elbo/std']:.2f}",
             f"grad {metrics['grad/norm']:.2f}",
+            *([f"explained {metrics['critic/explained_variance']:.2f}"] if "critic/explained_variance" in metrics else []),
             f"saved {metrics['memory/saved_bytes'] / 1e6:.0f} MB",
         ]
     else:

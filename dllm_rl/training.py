@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from accelerate import Accelerator
 
 from dllm_rl.advantages import AdvantageConfig
+from dllm_rl.critic import Critic
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import check
 from dllm_rl.evaluation import EvaluationConfig
+from dllm_rl.experience import Source
+from dllm_rl.kl_reward import KLReward
 from dllm_rl.models.policy import Policy
 from dllm_rl.objectives.base import Objective
 from dllm_rl.optimization import Optimizer
@@ -20,12 +24,12 @@ from dllm_rl.tracking import RunFolder
 
 @dataclass
 class TrainerConfig:
-    """The size and rhythm of a run. A step is one rollout batch."""
+    """The size and rhythm of a run. A step is one batch of completions, sampled or read from a file."""
 
     steps: int = 60
     prompts_per_step: int = 16
     group_size: int = 8
-    """G: completions per prompt, compared with each other."""
+    """G: completions sampled per prompt, compared with each other. A file has groups of its own."""
     inner_updates: int = 1
     """Optimizer steps per rollout batch. 1 is on-policy."""
     resample_masks: bool = False
@@ -42,7 +46,7 @@ class TrainerConfig:
     """Also log the cosine between the gradients of the even and of the odd Monte Carlo samples."""
 
     def __post_init__(self) -> None:
-        least = {"group_size": 2, "eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
+        least = {"eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
         for name, value in asdict(self).items():
             check(value >= least.get(name, 1), f"trainer.{name}", value, f"an integer >= {least.get(name, 1)}")
 
@@ -53,6 +57,9 @@ class Training:
 
     policy: Policy
     task: Task
+    """What the policy is evaluated on."""
+    source: Source
+    """Where completions and their rewards come from."""
     sampler: LowConfidence
     likelihood: Likelihood
     objective: Objective
@@ -65,4 +72,14 @@ class Training:
     seed: int
     done: int = 0
     reference: Policy | None = None
-    """What KL terms pull towards; None for objectives without one."""
+    """What KL terms and log-ratios refer to; None where there are none."""
+    critic: Critic | None = None
+    kl_reward: KLReward | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the weights."""
+        return {
+            **self.optimizer.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else {},
+            "kl_reward_coef": self.kl_reward.coef if self.kl_reward else 0.0,
+        }

@@ -14,7 +14,8 @@ def advantages(
     rewards: list[float], size: int, valid: list[bool] | None = None, kind: str = "group_standardised"
 ) -> list[float]:
     kept = torch.tensor(valid or [True] * len(rewards))
-    return compute_advantages(torch.tensor(rewards, dtype=torch.float64), kept, size, kind).tolist()
+    values, groups = torch.tensor(rewards, dtype=torch.float64), torch.arange(len(rewards)) // size
+    return compute_advantages(values, kept, groups, kind).tolist()
 
 
 def test_two_rewards() -> None:

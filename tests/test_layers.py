@@ -12,8 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
     ("errors", "types", "task", "rows", "sandbox", "sandbox_runner", "memory"),
     ("diffusion", "models"),
-    ("objectives", "advantages", "scoring", "accumulate", "diagnostics"),
-    ("optimization", "checkpoint", "tracking", "experience", "evaluation", "supervised", "training", "update", "trainer"),
+    ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
+    ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "supervised", "critic", "kl_reward",
+     "training", "assess", "update", "trainer"),
     ("config", "commands", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -211,7 +211,8 @@ def test_what_needs_plain_elbo_terms_refuses_normalised_ones() -> None:
 
 
 def test_spg_drops_bad_completions_before_any_pass() -> None:
-    kept = SPG(negative="zero").prepare(torch.tensor([1.0, -2.0]), torch.ones(2, dtype=torch.bool), 2)
+    valid, groups = torch.ones(2, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    kept = SPG(negative="zero").prepare(torch.tensor([1.0, -2.0]), valid, groups)
     assert kept.tolist() == [1.0, 0.0]
 
 
@@ -449,7 +450,7 @@ def test_gdpo_is_the_clipped_elbo_ratio_over_the_length() -> None:
 
 def test_wd1_weights_by_hand() -> None:
     advantages = torch.tensor([1.0, 0.0, -1.0, 2.0, 2.0, 2.0], dtype=DOUBLE)
-    found = WD1().prepare(advantages, torch.ones(6, dtype=torch.bool), 3)
+    found = WD1().prepare(advantages, torch.ones(6, dtype=torch.bool), torch.arange(6) // 3)
     e = math.e
     total = e + 1 + 1 / e
     assert found[:3].tolist() == pytest.approx([(e - 1 / e) / total, 0.0, -(e - 1 / e) / total])
@@ -458,7 +459,7 @@ def test_wd1_weights_by_hand() -> None:
 
 def test_wd1_leaves_out_what_could_not_be_graded() -> None:
     valid = torch.tensor([True, True, False, False, False, False])
-    found = WD1().prepare(torch.tensor([0.5, -0.5, 0.0, 0.0, 0.0, 0.0]), valid, 3)
+    found = WD1().prepare(torch.tensor([0.5, -0.5, 0.0, 0.0, 0.0, 0.0]), valid, torch.arange(6) // 3)
     assert found.tolist() == pytest.approx([math.tanh(0.5), -math.tanh(0.5), 0.0, 0.0, 0.0, 0.0], abs=1e-6)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.advantages import AdvantageConfig
+from dllm_rl.assess import assess
 from dllm_rl.checkpoint import latest_checkpoint, load_state
 from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.evaluation import EvaluationConfig
-from dllm_rl.experience import Experience, collect, pick_prompts
+from dllm_rl.experience import RolloutSource, collect, pick
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
@@ -67,8 +68,10 @@ def training(folder: Path, steps: int, *, policy: Policy | None = None, task: Ta
     trainer = TrainerConfig(steps=steps, **settings)
     total = steps * trainer.inner_updates
     optimizer = Optimizer(OptimizerConfig(lr=3e-3, warmup_steps=2), policy.network.parameters(), total)
+    task = task or Letters()
+    source = RolloutSource(policy, task, task, LowConfidence(), trainer.prompts_per_step, trainer.group_size, seed=0)
     return Training(
-        policy=policy, task=task or Letters(), sampler=LowConfidence(), likelihood=StratifiedCounts(num_samples=2),
+        policy=policy, task=task, source=source, sampler=LowConfidence(), likelihood=StratifiedCounts(num_samples=2),
         objective=BGPO(), advantage=AdvantageConfig(), optimizer=optimizer, config=trainer,
         evaluation=EvaluationConfig(num_prompts=4), accelerator=Accelerator(),
         folder=RunFolder.open(folder, {"seed": 0}, from_step=0), seed=0,
@@ -174,9 +177,9 @@ def test_an_objective_that_reads_no_old_values_pays_no_pass_for_them(tmp_path: P
     run = training(tmp_path, 1, inner_updates=3, resample_masks=True)
     run.objective = Reinforce()
     passes = count_passes(run.policy)
-    experience = collect(run.policy, run.task, run.sampler, run.task.prompts("train")[:4], 8, run.advantage, seed=0, step=1)
+    experience = assess(run, run.source.experience(1)).experience
     passes.clear()
-    metrics = update(run, experience, 1)
+    metrics = update(run, experience)
     # 3 updates x 2 samples, one chunk each; nothing is known of the old policy, so no δ is claimed.
     assert len(passes) == 3 * -(-2 * int(metrics["update/sequences"]) // run.config.micro_samples)
     assert "delta/max_abs" not in metrics and "elbo/mean" in metrics
@@ -220,24 +223,26 @@ def test_rollouts_file_has_every_completion(tmp_path: Path) -> None:
     assert all(sorted(row["unmask_step"]) == [0, 0, 1, 1] for row in rows)
 
 
-def test_infra_errors_leave_their_group() -> None:
-    task = Letters(infra_every=4)
-    experience = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, AdvantageConfig(), seed=0, step=1)
-    assert experience.metrics()["reward/infra_error"] == 4
-    assert not experience.advantages[::4].any()
+def test_infra_errors_leave_their_group(tmp_path: Path) -> None:
+    run = training(tmp_path, 1, task=Letters(infra_every=4))
+    experience = assess(run, run.source.experience(1)).experience
+    assert experience.metrics()["reward/infra_error"] == 8
+    assert not experience.advantages[::4].any() and experience.advantages[1::4].any()
 
 
 def test_a_failing_grader_stops_the_run() -> None:
     task = Letters(infra_every=1)
     with pytest.raises(RuntimeError, match="failed on 16 of 16"):
-        collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 8, AdvantageConfig(), seed=0, step=1)
+        collect(tiny(), task, task, LowConfidence(), task.prompts("train")[:2], 8, seed=0, step=1)
 
 
 def test_experience_metrics_by_hand() -> None:
     task = Letters()
-    base = collect(tiny(), task, LowConfidence(), task.prompts("train")[:2], 2, AdvantageConfig(), seed=0, step=1)
-    rewards = [Reward(1.0, "correct"), Reward(0.0, "wrong"), Reward(0.5, "wrong"), Reward(0.0, "infra_error")]
-    experience = Experience(base.prompts, base.completions, ["x", "x", "y", "z"], rewards, torch.tensor([1.0, -1, 0, 0]), 2)
+    base = collect(tiny(), task, task, LowConfidence(), task.prompts("train")[:2], 2, seed=0, step=1)
+    experience = replace(
+        base, texts=["x", "x", "y", "z"], rewards=torch.tensor([1.0, 0.0, 0.5, 0.0], dtype=torch.float64),
+        valid=torch.tensor([True, True, True, False]), advantages=torch.tensor([1.0, -1, 0, 0]),
+    )
     metrics = experience.metrics()
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/zero_advantage_groups"] == 1
@@ -246,7 +251,7 @@ def test_experience_metrics_by_hand() -> None:
 
 def test_prompts_come_in_passes_over_the_whole_set() -> None:
     prompts = Letters().prompts("train")
-    steps = [[prompt.id for prompt in pick_prompts(prompts, 3, seed=1, step=step)] for step in range(8)]
+    steps = [[prompt.id for prompt in pick(prompts, 3, seed=1, step=step)] for step in range(8)]
     order = [name for step in steps for name in step]
     for epoch in range(3):
         assert sorted(order[8 * epoch : 8 * epoch + 8]) == sorted(prompt.id for prompt in prompts)

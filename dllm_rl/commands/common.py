@@ -23,7 +23,6 @@ from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
 from dllm_rl.config import register
 from dllm_rl.errors import UserError, bad_value
 from dllm_rl.models.policy import Policy
-from dllm_rl.optimization import Optimizer
 from dllm_rl.tracking import FREE_KEYS, RunFolder
 
 Settings = dict[str, Any]
@@ -123,36 +122,37 @@ def accelerator_for_one_process() -> Accelerator:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Start:
     """What a training command starts or continues with."""
 
     policy: Policy
     accelerator: Accelerator
-    optimizer: Optimizer
-    folder: RunFolder
-    done: int
-    """Steps that an earlier process of the same run has done."""
+    checkpoint: Path | None
+    """The last complete checkpoint of the run, if it is continued."""
+    state: dict[str, Any]
+    """What the checkpoint keeps beside the weights."""
+
+    @property
+    def done(self) -> int:
+        """Steps that an earlier process of the same run has done."""
+        return int(self.state.get("step", 0))
 
 
-def prepare(settings: Settings, record: Settings, path: Path, total_steps: int) -> Prepared:
-    """Loads or makes the model, restores the last complete checkpoint of the run if `resume=auto`, opens the run folder.
-
-    `record` is the configuration as the run folder keeps it. Call it after everything that may refuse the configuration: from
-    here on there are files.
-    """
+def start(settings: Settings, path: Path) -> Start:
+    """Loads or makes the model, from the last complete checkpoint of the run if `resume=auto`. Writes nothing."""
     checkpoint = latest_checkpoint(path) if settings["resume"] == "auto" else None
     policy = build_policy(settings, checkpoint)
     accelerator = accelerator_for_one_process()
     policy.network = accelerator.prepare(policy.network)
-    optimizer = Optimizer(settings["optimizer"], policy.network.parameters(), total_steps)
-    done = 0
-    if checkpoint:
-        state = load_state(checkpoint)
-        optimizer.load_state_dict(state)
-        done = state["step"]
+    return Start(policy, accelerator, checkpoint, load_state(checkpoint) if checkpoint else {})
+
+
+def open_folder(path: Path, record: Settings, done: int) -> RunFolder:
+    """The run folder, with `record` as its configuration. Call it after everything that may refuse the configuration: from
+    here on there are files."""
     folder = RunFolder.open(path, record, from_step=done)
     print(f"run folder: {path}" + (f" (continuing after step {done})" if done else ""), flush=True)
-    return Prepared(policy, accelerator, optimizer, folder, done)
+    return folder
 
 
 def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from dllm_rl.commands import common
+from dllm_rl.optimization import Optimizer
 from dllm_rl.supervised import FineTuning, finetune
 from dllm_rl.tracking import RunFolder
 
@@ -20,10 +21,12 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     RunFolder.claim(path, settings["resume"], record)
     task.demonstrations(1, seed)  # bad data end the run before there is a folder
 
-    start = common.prepare(settings, record, path, supervised.steps)
-    finetune(FineTuning(
-        start.policy, task, start.optimizer, supervised, start.accelerator, start.folder, seed, start.done
-    ))
+    start = common.start(settings, path)
+    optimizer = Optimizer(settings["optimizer"], start.policy.network.parameters(), supervised.steps)
+    if start.checkpoint:
+        optimizer.load_state_dict(start.state)
+    folder = common.open_folder(path, record, start.done)
+    finetune(FineTuning(start.policy, task, optimizer, supervised, start.accelerator, folder, seed, start.done))
     print(f"next: dllm-rl train task={common.group_choice('task')} model.path={path}")
 
 

@@ -1,17 +1,29 @@
-"""dllm-rl train: reinforcement learning from a checkpoint.
+"""dllm-rl train: learning from rewards, by rollouts or from a file of scored completions.
 
     dllm-rl train task=sudoku model.path=outputs/sft-sudoku-tiny-seed0 likelihood.num_samples=4
+    dllm-rl train algorithm=rpo task=sudoku model.path=outputs/sft-sudoku-tiny-seed0 data=scored.jsonl
     accelerate launch -m dllm_rl.commands.train task=sudoku model.path=outputs/sft-sudoku-tiny-seed0
 """
 
 from __future__ import annotations
 
+import json
+from importlib import resources
+from itertools import chain
+
+import torch
 from omegaconf import DictConfig
 
 from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.commands import common
-from dllm_rl.errors import bad_value
-from dllm_rl.tracking import RunFolder
+from dllm_rl.critic import Critic
+from dllm_rl.diffusion.estimators import Trajectory
+from dllm_rl.errors import bad_value, check
+from dllm_rl.experience import RolloutSource, Source
+from dllm_rl.kl_reward import KLReward
+from dllm_rl.offline import FileSource, Skipped, load_scored
+from dllm_rl.optimization import Optimizer
+from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
 from dllm_rl.training import Training
 
@@ -20,30 +32,135 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     """Checks everything that can be refused, then trains."""
     seed, task, trainer = common.check_seed(settings["seed"]), settings["task"], settings["trainer"]
     common.require_model_path(settings)
+    check_variant(common.group_choice("algorithm"), common.group_choice("variant"))
+    check_parts(settings, common.group_choice("objective"))
     path = common.run_directory("train", settings, ("task", "algorithm"))
-    objective, likelihood, record = settings["objective"], settings["likelihood"], common.plain(config)
-    fixed: tuple[str, ...] = ()
-    if objective.uses_reference:
-        # A KL term pulls towards the model that training started from: a continuation needs the very same checkpoint.
-        fixed, record["model"]["path"] = ("model.path",), resolve_model_path(record["model"]["path"])
-    RunFolder.claim(path, settings["resume"], record, fixed)
+    objective, record = settings["objective"], common.plain(config)
+    uses_reference = objective.uses_reference or settings["kl_reward"].coef > 0
+    if uses_reference:
+        # What pulls towards the model that training started from needs the very same checkpoint in a continuation.
+        record["model"]["path"] = resolve_model_path(record["model"]["path"])
+    RunFolder.claim(path, settings["resume"], record, ("model.path",) if uses_reference else ())
     settings["sampler"].plan(task.completion_length)
-    objective.check_likelihood(likelihood)
-    if trainer.gradient_cosine and likelihood.num_samples < 2 * likelihood.unit:
-        valid = f"false with likelihood.num_samples={likelihood.num_samples}: two halves need {2 * likelihood.unit}"
-        raise bad_value("trainer.gradient_cosine", True, valid)
-    task.prompts("train"), task.prompts("test")  # bad data end the run before there is a folder
+    task.prompts("test")  # bad data end the run before there is a folder
 
-    start = common.prepare(settings, record, path, trainer.steps * trainer.inner_updates)
-    reference = common.reference_policy(settings, start.accelerator) if objective.uses_reference else None
+    start = common.start(settings, path)
+    policy = start.policy
+    source, skipped = make_source(settings, start)
+    updates = trainer.steps * trainer.inner_updates
+    critic = make_critic(settings, start, updates)
+    own = critic.model.parameters() if critic and not critic.model.separate else ()
+    optimizer = Optimizer(settings["optimizer"], chain(policy.network.parameters(), own), updates)
+    kl_reward = KLReward(settings["kl_reward"]) if settings["kl_reward"].coef else None
+    if start.checkpoint:
+        optimizer.load_state_dict(start.state)
+        if kl_reward:
+            kl_reward.coef = start.state["kl_reward_coef"]
+    reference = common.reference_policy(settings, start.accelerator) if uses_reference else None
+    folder = common.open_folder(path, record, start.done)
+    if skipped:
+        lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
+        replace_text(path / "skipped.jsonl", lines)
     train(Training(
-        policy=start.policy, task=task, sampler=settings["sampler"], likelihood=likelihood,
-        objective=objective, advantage=settings["advantage"], optimizer=start.optimizer, config=trainer,
-        evaluation=settings["evaluation"], accelerator=start.accelerator, folder=start.folder, seed=seed, done=start.done,
-        reference=reference,
+        policy=policy, task=task, source=source, sampler=settings["sampler"], likelihood=settings["likelihood"],
+        objective=objective, advantage=settings["advantage"], optimizer=optimizer, config=trainer,
+        evaluation=settings["evaluation"], accelerator=start.accelerator, folder=folder, seed=seed, done=start.done,
+        reference=reference, critic=critic, kl_reward=kl_reward,
     ))
     print(f"checkpoints: {path / 'checkpoints'}\nreward curve: {path / 'plots' / 'reward.png'}\n"
           f"next: dllm-rl evaluate task={common.group_choice('task')} model.path={path}")
+
+
+def make_source(settings: common.Settings, start: common.Start) -> tuple[Source, list[Skipped]]:
+    """Rollouts, or the file named by `data` with what was left out of it."""
+    task, trainer, objective, policy = settings["task"], settings["trainer"], settings["objective"], start.policy
+    if settings["data"] is None:
+        task.prompts("train")
+        grader = settings["reward"].grader(task, policy.device)
+        return RolloutSource(
+            policy, task, grader, settings["sampler"], trainer.prompts_per_step, trainer.group_size, settings["seed"]
+        ), []
+    length, offline = task.completion_length, settings["offline"]
+    groups, skipped = load_scored(str(settings["data"]), offline, policy, length, objective.least_group)
+    rows = sum(map(len, groups))
+    passes = trainer.steps * trainer.prompts_per_step / len(groups)
+    print(f"data: {rows} completions of {len(groups)} prompts, {passes:.1f} passes over them"
+          + (f"; {len(skipped)} rows or groups left out, see skipped.jsonl" if skipped else ""))
+    advice = objective.advice(torch.tensor([row.reward for group in groups for row in group]))
+    if advice:
+        print(f"note: {advice}")
+    return FileSource(groups, policy, length, trainer.prompts_per_step, offline.masks, settings["seed"]), skipped
+
+
+def make_critic(settings: common.Settings, start: common.Start, updates: int) -> Critic | None:
+    """The critic at its beginning, or as the checkpoint has it."""
+    if settings["critic"].mdp == "none":
+        return None
+    trainer = settings["trainer"]
+    critic = Critic(
+        settings["critic"], start.policy, settings["optimizer"], updates, start.accelerator, trainer.micro_samples
+    )
+    if start.checkpoint:
+        critic.model.load(start.checkpoint)
+        critic.load_state_dict(start.state["critic"])
+    return critic
+
+
+def check_variant(algorithm: str, variant: str) -> None:
+    """Refuses a variant that the algorithm does not have."""
+    if variant == "canonical":
+        return
+    names = [file.name.removesuffix(".yaml") for file in (resources.files("dllm_rl.conf") / "variant_of").iterdir()]
+    having = sorted(name.removesuffix(f"_{variant}") for name in names if name.endswith(f"_{variant}"))
+    valid = f"canonical with algorithm={algorithm}; {variant} exists for {', '.join(having)}"
+    check(algorithm in having, "variant", variant, valid)
+
+
+def check_parts(settings: common.Settings, name: str) -> None:
+    """Refuses choices that do not fit together; `name` is that of the objective."""
+    objective, likelihood, trainer = settings["objective"], settings["likelihood"], settings["trainer"]
+    critic, samples = settings["critic"], settings["likelihood"].num_samples
+    objective.check_likelihood(likelihood)
+    if trainer.gradient_cosine and samples < 2 * likelihood.unit:
+        valid = f"false with likelihood.num_samples={samples}: two halves need {2 * likelihood.unit}"
+        raise bad_value("trainer.gradient_cosine", True, valid)
+
+    needed, mdp = objective.needs_critic, critic.mdp
+    check(needed in (None, mdp), "critic.mdp", mdp, f"{needed} with objective={name}")
+    if mdp != "none":
+        ratio = objective.reads_rewards and not needed
+        check(not ratio, "critic.mdp", mdp, f"none with objective={name}: it works on the rewards themselves")
+        fits = mdp == "bandit" or objective.token_level
+        check(fits, "critic.mdp", mdp, f"bandit or none with objective={name}: its loss has one advantage per sequence")
+        check(not (needed and critic.whiten), "critic.whiten", critic.whiten, f"false with objective={name}: it needs r - V")
+    own = settings["kl_reward"].coef == 0 or not objective.reads_rewards
+    check(own, "kl_reward.coef", settings["kl_reward"].coef, f"0 with objective={name}: its loss has the reference already")
+    if objective.uses_mismatched:
+        valid = f"an integer >= 2 with objective={name}: mismatched pairs need two prompts"
+        check(trainer.prompts_per_step >= 2, "trainer.prompts_per_step", trainer.prompts_per_step, valid)
+    if settings["data"] is None:
+        _check_group_size(settings, name)
+    else:
+        _check_for_data(settings, name)
+
+
+def _check_group_size(settings: common.Settings, name: str) -> None:
+    size: int = settings["trainer"].group_size
+    least, why = settings["objective"].least_group
+    check(size >= least, "trainer.group_size", size, f"an integer >= {least} with objective={name}: {why}")
+    compared = settings["critic"].mdp == "none" and not settings["objective"].reads_rewards
+    grouped = compared and settings["advantage"].kind != "z_score"
+    check(size >= 2 or not grouped, "trainer.group_size", size, "an integer >= 2 where rewards are compared within a group")
+
+
+def _check_for_data(settings: common.Settings, name: str) -> None:
+    valid = (f"null with objective={name}: it forms ratios to the policy that sampled, which a file does not have; "
+             "rpo, dro, kto, vrpo and sft learn from files")
+    check(not settings["objective"].uses_old, "data", settings["data"], valid)
+    trajectory = "the file does not say in which order tokens were written"
+    valid = f"an estimator of the completion alone with data={settings['data']}: {trajectory}"
+    check(not isinstance(settings["likelihood"], Trajectory), "likelihood", "trajectory", valid)
+    check(settings["critic"].mdp != "trajectory", "critic.mdp", "trajectory", f"bandit or none with data: {trajectory}")
 
 
 def main() -> None:

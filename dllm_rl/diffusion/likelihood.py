@@ -1,10 +1,13 @@
-"""Log-probabilities of completions under a corruption: the only forward pass that carries a gradient."""
+"""What a network says of a corruption at its scored positions: log-probabilities, or a critic's values.
+
+These are the only forward passes that carry a gradient.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +16,30 @@ from torch import Tensor
 from dllm_rl.types import Completions, Corruption, PromptBatch
 
 
-class Denoiser(Protocol):
-    """What this library needs of a model; `dllm_rl.models.policy.Policy` is one."""
+class Reader(Protocol):
+    """Whatever looks at a partly masked canvas."""
 
     mask_id: int
     eos_id: int
 
+
+class Denoiser(Reader, Protocol):
+    """What this library needs of a model; `dllm_rl.models.policy.Policy` is one."""
+
     def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """[K, V] float logits at the K True entries of `positions` [B, L], in row-major order."""
+
+
+class Valuer(Reader, Protocol):
+    """What this library needs of a critic; `dllm_rl.models.value_head.ValueModel` is one."""
+
+    def values(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+        """[K] values at the K True entries of `positions` [B, L], in row-major order."""
+
+
+Look = Callable[[Tensor], None]
+Read = Callable[[Any, Completions, Corruption, Look | None], Tensor]
+"""(reader, completions, corruption, look) -> [B, L]: one number per scored position, 0 elsewhere."""
 
 
 def scored_logits(policy: Denoiser, completions: Completions, corruption: Corruption) -> Tensor:
@@ -31,7 +50,7 @@ def scored_logits(policy: Denoiser, completions: Completions, corruption: Corrup
 
 
 def token_logps(
-    policy: Denoiser, completions: Completions, corruption: Corruption, look: Callable[[Tensor], None] | None = None
+    policy: Denoiser, completions: Completions, corruption: Corruption, look: Look | None = None
 ) -> Tensor:
     """log p(y_i | corrupted y, x) at the scored positions, 0 elsewhere: [B, L] float32 (float64 for a float64 model).
 
@@ -41,7 +60,18 @@ def token_logps(
     logits = scored_logits(policy, completions, corruption)
     if look is not None:
         look(logits.detach())
-    picked = -F.cross_entropy(logits, completions.ids[scored], reduction="none")
+    return _spread(-F.cross_entropy(logits, completions.ids[scored], reduction="none"), scored)
+
+
+def token_values(critic: Valuer, completions: Completions, corruption: Corruption, look: Look | None = None) -> Tensor:
+    """The critic's value at the scored positions, 0 elsewhere: [B, L]. It sees the canvas, never the scored tokens."""
+    del look
+    prompts = replace(completions.prompts, ids=corruption.prompt)
+    return _spread(critic.values(prompts, corruption.canvas, corruption.scored), corruption.scored)
+
+
+def _spread(picked: Tensor, scored: Tensor) -> Tensor:
+    """[K] numbers onto the K True entries of [B, L]."""
     return torch.zeros(scored.shape, dtype=picked.dtype, device=picked.device).masked_scatter(scored, picked)
 
 

@@ -44,6 +44,7 @@ class Policy:
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self._head_rows: Tensor | None = None
+        self._hidden: list[Tensor] | None = None
         network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
         network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
         self._probe()
@@ -65,6 +66,20 @@ class Policy:
         Returns:
             [K, V] logits in the network's precision, rows in row-major order of `positions`.
         """
+        logits = self._forward(prompts, canvas, positions)
+        return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), -torch.inf)
+
+    def hidden(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+        """What the output head would read, [K, H], for the arguments of `logits`; the head itself is given no rows."""
+        self._hidden = []
+        try:
+            self._forward(prompts, canvas, positions)
+            (rows,) = self._hidden
+        finally:
+            self._hidden = None
+        return rows
+
+    def _forward(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         ids = torch.cat([prompts.ids, canvas], dim=1)
         # Without padding no mask is passed, so that the attention kernel without a bias is used.
         padding: dict[str, Tensor] = {}
@@ -76,12 +91,16 @@ class Policy:
             logits: Tensor = self.network(input_ids=ids, use_cache=False, **padding).logits
         finally:
             self._head_rows = None
-        return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), -torch.inf)
+        return logits
 
     def _keep_rows(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._head_rows is None:
             return None
-        return (inputs[0][self._head_rows], *inputs[1:])
+        rows = inputs[0][self._head_rows]
+        if self._hidden is not None:
+            self._hidden.append(rows)
+            rows = rows[:0]
+        return (rows, *inputs[1:])
 
     def encode_prompts(self, texts: Sequence[str], sample_ids: Tensor) -> PromptBatch:
         """Tokenizes and left-pads B texts onto the policy's device. `sample_ids` is [B]."""

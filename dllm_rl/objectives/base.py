@@ -21,6 +21,20 @@ MAX_LOG_RATIO = 20.0
 
 
 @dataclass(frozen=True)
+class Extras:
+    """What some objectives read of the whole update beside log-probabilities."""
+
+    groups: Tensor | None = None
+    """[B] int64: completions of the same prompt share a number."""
+    mismatched: Tensor | None = None
+    """[M] detached ELBO(θ) − ELBO(ref), in nats per sequence or per token as the objective has it, of completions under
+    prompts that are not theirs (KTO)."""
+
+    def rows(self, index: Tensor) -> Extras:
+        return Extras(None if self.groups is None else self.groups[index], self.mismatched)
+
+
+@dataclass(frozen=True)
 class LossInputs:
     """One chunk of Monte Carlo samples.
 
@@ -36,7 +50,7 @@ class LossInputs:
     weights: Tensor
     """[B, n]: weight of each ELBO term."""
     advantages: Tensor
-    """[B]."""
+    """[B], or [B, L] where a critic gives each token its own; whatever `prepare` made of them."""
     coefficients: Tensor
     """[B]: what one unit of a sequence's token-summed loss counts in the loss of the whole update (see `aggregation`)."""
     region: Tensor
@@ -47,6 +61,7 @@ class LossInputs:
     """[B, n, L]: the same corruptions under the reference policy; None without a KL term."""
     divergence: Tensor | None = None
     """[B, n, L]: divergence from the policy that sampled, for objectives that name one; None on-policy, where it is 0."""
+    extras: Extras = Extras()
 
     @property
     def delta(self) -> Tensor:
@@ -100,6 +115,36 @@ class Objective(ABC):
         return False
 
     @property
+    def token_level(self) -> bool:
+        """Whether the loss takes an advantage for each token, [B, L]."""
+        return False
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether the loss works on the rewards themselves instead of on advantages."""
+        return False
+
+    @property
+    def selects(self) -> bool:
+        """Whether completions that `prepare` gives 0 are left out altogether, from means too."""
+        return False
+
+    @property
+    def uses_mismatched(self) -> bool:
+        """Whether the loss reads `extras.mismatched`."""
+        return False
+
+    @property
+    def needs_critic(self) -> str | None:
+        """The `critic.mdp` without which the loss makes no sense; None: any, or no critic."""
+        return None
+
+    @property
+    def least_group(self) -> tuple[int, str]:
+        """The fewest completions per prompt that make sense, and why."""
+        return 1, ""
+
+    @property
     def uses_old(self) -> bool:
         """Whether the loss reads `old_logps`."""
         return True
@@ -129,10 +174,21 @@ class Objective(ABC):
         """Raises UserError if the objective cannot work with these corruptions."""
         del likelihood
 
-    def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
-        """What the loss uses in place of the advantages: [B] -> [B], groups side by side, `valid` [B] bool."""
-        del valid, group_size
+    def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
+        """What the loss uses in place of the advantages (or rewards): [B] -> [B], `valid` [B] bool, `groups` [B] int64."""
+        del valid, groups
         return advantages
+
+    def advice(self, rewards: Tensor) -> str | None:
+        """A line for the user about the rewards of a file, [B], where they call for another setting."""
+        del rewards
+        return None
+
+    def value_targets(self, returns: Tensor, difference: Tensor, lengths: Tensor) -> Tensor:
+        """What a critic that this objective needs is to learn: [B] returns, [B, N] terms l_j − l_ref,j and [B] tokens ->
+        [B]."""
+        del difference, lengths
+        return returns
 
     @abstractmethod
     def loss(self, inputs: LossInputs) -> LossOutput: ...
@@ -148,8 +204,8 @@ def weighted_logp_loss(inputs: LossInputs, omega: Tensor) -> Tensor:
 
     Only the detached factor ω [B, n, L] differs between them; ω = 1 is REINFORCE on the ELBO.
     """
-    terms = elbo_terms(omega.detach() * inputs.logps, inputs.weights).sum(1) / inputs.num_samples
-    return -inputs.reduce(inputs.advantages * terms)
+    weighted = column(inputs.advantages, inputs.logps) * omega.detach() * inputs.logps
+    return -inputs.reduce(elbo_terms(weighted, inputs.weights).sum(1) / inputs.num_samples)
 
 
 def log_ratio(inputs: LossInputs) -> Tensor:
@@ -157,9 +213,11 @@ def log_ratio(inputs: LossInputs) -> Tensor:
     return (inputs.logps - inputs.old_logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def column(per_sequence: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...] with as many dimensions as `like`."""
-    return rearrange(per_sequence, "b -> b" + " 1" * (like.dim() - 1))
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ...] with as many dimensions as `like`; one value per token, [B, L], -> [B, 1, L]."""
+    if values.dim() == 2:
+        return rearrange(values, "b l -> b 1 l")
+    return rearrange(values, "b -> b" + " 1" * (like.dim() - 1))
 
 
 def check_unnormalised(likelihood: Likelihood, why: str) -> None:

@@ -53,6 +53,10 @@ class DPPO(Objective):
         return True
 
     @property
+    def token_level(self) -> bool:
+        return True
+
+    @property
     def measured_divergence(self) -> str | None:
         return None if self.divergence.startswith("binary") else self.divergence
 

@@ -38,6 +38,10 @@ class SPO(Objective):
     def separable(self) -> bool:
         return True
 
+    @property
+    def token_level(self) -> bool:
+        return True
+
     def distance(self, log_r: Tensor, old_logps: Tensor) -> Tensor:
         """|r − 1|."""
         del old_logps

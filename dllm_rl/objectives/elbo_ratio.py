@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Share, column, exp_with_tangent, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Share, exp_with_tangent, share
 from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import units
 
@@ -42,16 +42,16 @@ class ELBORatio(KLObjective):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The ratio of ELBOs of every sequence, clipped where asked. See `LossInputs` for shapes."""
-        delta, reference, weight = units(inputs, "sequence")
-        advantage = column(inputs.advantages, delta)
+        unit = units(inputs, "sequence")
+        delta, advantage = unit.delta, unit.advantage
         ratio = exp_with_tangent(delta, self.max_delta)
         low = 0.0 if self.clip_low is None else 1 - self.clip_low
         high = float("inf") if self.clip_high is None else 1 + self.clip_high
         plain, bounded = -advantage * ratio, -advantage * ratio.clamp(low, high)
-        losses, everywhere = torch.maximum(plain, bounded), weight > 0
+        losses, everywhere = torch.maximum(plain, bounded), unit.weight > 0
         metrics: dict[str, Share] = {
             "objective/clipped": share(bounded > plain, everywhere),
             "delta/above_max": share(delta > self.max_delta, everywhere),
         }
-        losses = losses + self.penalty(reference, everywhere, metrics)
+        losses = losses + self.penalty(unit, everywhere, metrics)
         return LossOutput(inputs.reduce(losses.sum(1)), metrics)

@@ -45,10 +45,9 @@ class ESPO(KLObjective):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """One clipped ratio per sequence. See `LossInputs` for shapes."""
-        delta, reference, weight = units(inputs, "sequence")
-        length = column(inputs.region.sum(1), delta)
-        advantage = column(inputs.advantages, delta)
-        losses, clipped = clipped_surrogate(delta / length, advantage, self.clip_low, self.clip_high)
-        metrics = {"objective/clipped": share(clipped, weight > 0)}
-        losses = losses + self.penalty(reference, weight > 0, metrics, per=length)
+        unit = units(inputs, "sequence")
+        length, everywhere = column(inputs.region.sum(1), unit.delta), unit.weight > 0
+        losses, clipped = clipped_surrogate(unit.delta / length, unit.advantage, self.clip_low, self.clip_high)
+        metrics = {"objective/clipped": share(clipped, everywhere)}
+        losses = losses + self.penalty(unit, everywhere, metrics, per=length)
         return LossOutput(inputs.reduce(losses.sum(1)), metrics)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dllm_rl.errors import check
 from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, Share, exp_with_tangent, share
+from dllm_rl.objectives.levels import Units
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ANCHORS = ("reference", "old")
 
 
 def kl(ratio: Tensor, estimator: str) -> Tensor:
@@ -29,33 +31,30 @@ def kl(ratio: Tensor, estimator: str) -> Tensor:
 
 @dataclass
 class KLObjective(Objective):
-    """An objective with a KL term towards the reference policy, the model that training started from."""
+    """An objective with a KL term towards a fixed policy."""
 
     kl_coef: float = 0.0
     """0: no reference policy is loaded and no pass is made for it."""
     kl_estimator: str = "k3"
     """k1 | k2 | k3."""
+    kl_anchor: str = "reference"
+    """reference: the model that training started from. old (TraceRL): the policy that sampled; acts off-policy only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.kl_coef >= 0, "objective.kl_coef", self.kl_coef, "a number >= 0")
         check(self.kl_estimator in KL_ESTIMATORS, "objective.kl_estimator", self.kl_estimator, ", ".join(KL_ESTIMATORS))
+        check(self.kl_anchor in KL_ANCHORS, "objective.kl_anchor", self.kl_anchor, " or ".join(KL_ANCHORS))
 
     @property
     def uses_reference(self) -> bool:
-        return self.kl_coef > 0
+        return self.kl_coef > 0 and self.kl_anchor == "reference"
 
-    def penalty(
-        self, reference: Tensor | None, exists: Tensor, metrics: dict[str, Share], per: Tensor | float = 1.0
-    ) -> Tensor | float:
-        """kl_coef x KL / `per` of each unit, with its mean in `metrics`; 0 without a reference policy.
-
-        Args:
-            reference: log π/π_ref of each unit, or None.
-            exists: where there is a unit, the same shape.
-        """
-        if reference is None:
+    def penalty(self, units: Units, exists: Tensor, metrics: dict[str, Share], per: Tensor | float = 1.0) -> Tensor | float:
+        """kl_coef x KL / `per` of each unit, with its mean in `metrics`; 0 where there is nothing to pull towards."""
+        ratio = units.delta if self.kl_anchor == "old" else units.reference
+        if not self.kl_coef or ratio is None:
             return 0.0
-        divergence = kl(reference, self.kl_estimator) / per
+        divergence = kl(ratio, self.kl_estimator) / per
         metrics["kl/mean"] = share(divergence, exists)
         return self.kl_coef * divergence

@@ -13,13 +13,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from dllm_rl.objectives.base import LossInputs
 
 LEVELS = ("sample_token", "sample", "token", "sequence")
 SEPARABLE_LEVELS = ("sample_token", "sample")
+TOKEN_LEVELS = ("sample_token", "token")
+"""Levels with units that belong to one token, which may have an advantage of its own."""
 
 
 class Units(NamedTuple):
@@ -27,6 +29,8 @@ class Units(NamedTuple):
 
     delta: Tensor
     """[B, U]: log-ratio to the old policy; carries the graph."""
+    advantage: Tensor
+    """[B, 1], or [B, U] where each token has its own."""
     reference: Tensor | None
     """[B, U]: log-ratio to the reference policy, or None."""
     weight: Tensor
@@ -37,7 +41,17 @@ def units(inputs: LossInputs, level: str) -> Units:
     """The ratios of a chunk. The levels that are not separable need all N samples in the chunk."""
     delta = _collect(inputs.logps - inputs.old_logps, inputs, level)
     reference = None if inputs.ref_logps is None else _collect(inputs.logps - inputs.ref_logps, inputs, level)
-    return Units(delta, reference, _weights(inputs, level))
+    return Units(delta, _advantage(inputs, level), reference, _weights(inputs, level))
+
+
+def _advantage(inputs: LossInputs, level: str) -> Tensor:
+    if inputs.advantages.dim() == 1:
+        return rearrange(inputs.advantages, "b -> b 1")
+    if level not in TOKEN_LEVELS:
+        raise ValueError(f"objective.level={level} has one advantage per sequence, not one per token")
+    if level == "token":
+        return inputs.advantages
+    return repeat(inputs.advantages, "b l -> b (n l)", n=inputs.logps.shape[1])
 
 
 def _collect(difference: Tensor, inputs: LossInputs, level: str) -> Tensor:

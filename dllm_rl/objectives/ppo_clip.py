@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, column, exp_with_tangent, share
+from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, exp_with_tangent, share
 from dllm_rl.objectives.kl import KLObjective
-from dllm_rl.objectives.levels import LEVELS, SEPARABLE_LEVELS, units
+from dllm_rl.objectives.levels import LEVELS, SEPARABLE_LEVELS, TOKEN_LEVELS, units
 
 
 @dataclass
@@ -47,18 +47,21 @@ class PPOClip(KLObjective):
         return self.level in SEPARABLE_LEVELS
 
     @property
+    def token_level(self) -> bool:
+        return self.level in TOKEN_LEVELS
+
+    @property
     def ratio_only(self) -> bool:
         return True
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The clipped surrogate and the KL term of every unit. See `LossInputs` for shapes."""
-        delta, reference, weight = units(inputs, self.level)
-        advantage = column(inputs.advantages, delta)
-        losses, clipped = clipped_surrogate(delta, advantage, self.clip_low, self.clip_high, self.dual_clip)
-        exists = weight > 0
+        unit = units(inputs, self.level)
+        losses, clipped = clipped_surrogate(unit.delta, unit.advantage, self.clip_low, self.clip_high, self.dual_clip)
+        exists = unit.weight > 0
         metrics = {"objective/clipped": share(clipped, exists)}
-        losses = losses + self.penalty(reference, exists, metrics)
-        return LossOutput(inputs.reduce((weight * losses).sum(1)), metrics)
+        losses = losses + self.penalty(unit, exists, metrics)
+        return LossOutput(inputs.reduce((unit.weight * losses).sum(1)), metrics)
 
 
 @dataclass
@@ -72,7 +75,7 @@ class GRPO(PPOClip):
 def clipped_surrogate(
     delta: Tensor, advantage: Tensor, low: float, high: float, dual: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each unit, and whether its gradient is clipped away: log-ratios [B, U] and A [B, 1] -> two [B, U]."""
+    """Loss of each unit, and whether its gradient is clipped away: log-ratios [B, U] and A [B, 1] or [B, U]."""
     ratio = exp_with_tangent(delta, MAX_LOG_RATIO)
     plain, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high)
     losses, clipped = torch.maximum(plain, bounded), bounded > plain

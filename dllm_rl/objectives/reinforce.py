@@ -24,6 +24,10 @@ class Reinforce(Objective):
         return True
 
     @property
+    def token_level(self) -> bool:
+        return True
+
+    @property
     def uses_old(self) -> bool:
         return False
 

@@ -51,9 +51,9 @@ class SPG(Objective):
     def check_likelihood(self, likelihood: Likelihood) -> None:
         check_unnormalised(likelihood, "the weights of objective=spg enter a logarithm")
 
-    def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
+    def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """With negative=zero, completions below average have no gradient and cost no pass: [B] -> [B]."""
-        del valid, group_size
+        del valid, groups
         return advantages.clamp(min=0) if self.negative == "zero" else advantages
 
     def loss(self, inputs: LossInputs) -> LossOutput:

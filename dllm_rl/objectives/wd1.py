@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from dllm_rl.errors import check
 from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, weighted_logp_loss
+from dllm_rl.objectives.groups import group_log_softmax
 
 
 @dataclass
@@ -37,12 +37,12 @@ class WD1(Objective):
     def uses_old(self) -> bool:
         return False
 
-    def prepare(self, advantages: Tensor, valid: Tensor, group_size: int) -> Tensor:
+    def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """w⁺ − w⁻: [B] -> [B]; exactly 0 in a group of equal advantages and for completions without a grade."""
-        grouped = rearrange(self.psi * advantages, "(p g) -> p g", g=group_size)
-        kept = rearrange(valid, "(p g) -> p g", g=group_size)
-        up, down = (torch.where(kept, sign * grouped, -torch.inf).softmax(1).nan_to_num() for sign in (1, -1))
-        return rearrange(up - down, "p g -> (p g)")
+        up, down = (
+            group_log_softmax(torch.where(valid, sign * self.psi * advantages, -torch.inf), groups).exp() for sign in (1, -1)
+        )
+        return up - down
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Minus the weighted ELBO. See `LossInputs` for shapes."""

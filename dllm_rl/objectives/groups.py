@@ -1,0 +1,31 @@
+"""Sums over the completions of one prompt. Groups may have any size and lie anywhere in the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_logsumexp(values: Tensor, groups: Tensor) -> Tensor:
+    """log Σ exp over the group of each entry: [B] values and int64 group numbers -> [B]; -inf in a group of -inf."""
+    shift = _highest(values, groups)
+    return group_sum((values - shift).exp(), groups).log() + shift
+
+
+def group_log_softmax(values: Tensor, groups: Tensor) -> Tensor:
+    """log of each entry's share of its group: [B] -> [B]; -inf for entries of -inf."""
+    shifted = values - _highest(values, groups)
+    return torch.where(shifted == -torch.inf, -torch.inf, shifted - group_sum(shifted.exp(), groups).log())
+
+
+def group_sum(values: Tensor, groups: Tensor) -> Tensor:
+    """Σ over the group of each entry: [B] -> [B]."""
+    number = groups.unique(return_inverse=True)[1]
+    return values.new_zeros(len(values)).index_add(0, number, values)[number]
+
+
+def _highest(values: Tensor, groups: Tensor) -> Tensor:
+    """The maximum over the group of each entry, 0 for a group of -inf."""
+    number = groups.unique(return_inverse=True)[1]
+    highest = values.new_full((len(values),), -torch.inf).scatter_reduce(0, number, values, "amax")[number]
+    return highest.masked_fill(highest == -torch.inf, 0.0)
