@@ -6,6 +6,7 @@ top; the CPU seconds have them). Nothing is tuned: the optimizer is the toolkit'
 
     scripts/compare_algorithms --seeds 5 --json compare.json              all online presets, 1 and 4 updates per batch
     scripts/compare_algorithms --sweep arms --json arms.json              naive small N, two-pass, BGPO and REINFORCE
+    scripts/compare_algorithms --sweep critic --json critic.json          PPO with critic, bandit critic and none; BGPO
 
 Runs that are complete are not repeated, so that an interrupted comparison continues where it stopped.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +32,8 @@ from matplotlib.figure import Figure
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 """0.975 quantiles of Student's t with 1, 2, ... degrees of freedom."""
 REPOSITORY = Path(__file__).parents[1]
-TASK = ("task=sudoku", "task.demonstrations_from=noisy")
+FROM_FILES = ("rpo", "dro", "kto", "vrpo", "sft")
+"""Presets that learn from a file of scored completions."""
 ALWAYS = ("sampler.remasking=low_confidence", "resume=auto", "trainer.save_every=1000")
 
 
@@ -44,9 +47,18 @@ class Arm:
     """None: what the preset has."""
     inner_updates: int
     """Updates per rollout batch."""
+    extra: tuple[str, ...] = ()
+    """Further settings."""
 
     def folder(self, out: Path, seed: int) -> Path:
+        if self.extra:
+            return out / f"{slug(self.name)}-seed{seed}"
         return out / f"{self.preset}-n{self.num_samples or 'preset'}-inner{self.inner_updates}-seed{seed}"
+
+
+def slug(name: str) -> str:
+    """A folder name that needs no quoting in a shell or in Hydra."""
+    return re.sub(r"\W+", "_", name)
 
 
 def preset_arms(max_samples: int) -> list[Arm]:
@@ -54,6 +66,8 @@ def preset_arms(max_samples: int) -> list[Arm]:
     arms = []
     for path in sorted((REPOSITORY / "conf" / "algorithm").glob("*.yaml")):
         text = path.read_text()
+        if path.stem in FROM_FILES or "critic:" in text:
+            continue  # compare_offline and --sweep critic have those
         # Presets that say nothing have the elbo estimator's 16; an interpolation is the completion length.
         samples = yaml.safe_load(text).get("likelihood", {}).get("num_samples", 16 if "likelihood: elbo" in text else 1)
         many = not isinstance(samples, int) or samples > max_samples
@@ -76,6 +90,18 @@ def sample_arms(max_samples: int) -> list[Arm]:
     return [Arm(f"{title}, N={n}", preset, n, 4) for title, preset, n in plan]
 
 
+def critic_arms(max_samples: int) -> list[Arm]:
+    """PPO with its critic on and off, and BGPO, each with the updates per batch of its preset."""
+    elbo = ("likelihood=elbo", f"likelihood.num_samples={max_samples}")
+    return [
+        Arm("PPO, critic on the trajectory", "ppo", None, 4, ("critic.mdp=trajectory",)),
+        Arm("PPO, bandit critic", "ppo", None, 4, ("critic.mdp=bandit", *elbo)),
+        Arm("PPO, no critic", "ppo", None, 4, ("critic.mdp=none", "advantage.kind=z_score")),
+        Arm("TraceRL", "tracerl", None, 1, ("likelihood.steps_per_slice=1",)),
+        Arm("BGPO", "bgpo", max_samples, 1),
+    ]
+
+
 def dllm(*arguments: str) -> None:
     """`dllm-rl ARGUMENTS`; its output is shown only if it fails."""
     done = subprocess.run([sys.executable, "-m", "dllm_rl.cli", *arguments], capture_output=True, text=True,
@@ -84,19 +110,30 @@ def dllm(*arguments: str) -> None:
         sys.exit(f"dllm-rl {' '.join(arguments)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
 
 
-def run_seed(out: Path, arms: list[Arm], seed: int, steps: int, prompts: int) -> None:
-    """The start of a seed, and from it one Hydra sweep for each number of samples."""
+def prepare_start(out: Path, task: tuple[str, ...], seed: int) -> Path:
+    """The noisy starting model of a seed, made once."""
     start = out / f"start-seed{seed}"
     if not (start / "checkpoints").exists():
-        dllm("sft", *TASK, f"seed={seed}", f"run_dir={start}", "resume=auto")
-    for samples in sorted({arm.num_samples for arm in arms}, key=str):
-        chosen = [arm for arm in arms if arm.num_samples == samples and not finished(arm.folder(out, seed), steps)]
+        dllm("sft", *task, f"seed={seed}", f"run_dir={start}", "resume=auto")
+    return start
+
+
+def run_seed(out: Path, task: tuple[str, ...], arms: list[Arm], seed: int, steps: int, prompts: int) -> None:
+    """The start of a seed, and from it one Hydra sweep for each number of samples; arms of their own run one by one."""
+    start = prepare_start(out, task, seed)
+    for arm in (arm for arm in arms if arm.extra and not finished(arm.folder(out, seed), steps)):
+        dllm("train", *task, *ALWAYS, f"algorithm={arm.preset}", *arm.extra, f"trainer.steps={steps}", f"seed={seed}",
+             f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"model.path={start}",
+             f"run_dir={arm.folder(out, seed)}")
+    swept = [arm for arm in arms if not arm.extra]
+    for samples in sorted({arm.num_samples for arm in swept}, key=str):
+        chosen = [arm for arm in swept if arm.num_samples == samples and not finished(arm.folder(out, seed), steps)]
         if not chosen:
             continue
         inner = "${trainer.inner_updates}"
         folder = f"{out}/${{hydra:runtime.choices.algorithm}}-n{samples or 'preset'}-inner{inner}-seed{seed}"
         dllm(
-            "train", "-m", *TASK, *ALWAYS, f"algorithm={','.join(sorted({arm.preset for arm in chosen}))}",
+            "train", "-m", *task, *ALWAYS, f"algorithm={','.join(sorted({arm.preset for arm in chosen}))}",
             f"trainer.inner_updates={','.join(str(n) for n in sorted({arm.inner_updates for arm in chosen}))}",
             *([f"likelihood.num_samples={samples}"] if samples else []), f"trainer.steps={steps}",
             f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"seed={seed}", f"model.path={start}",
@@ -123,6 +160,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "greedy_before": evaluations[0]["greedy/reward"], "sampled_before": evaluations[0]["sampled/reward"],
         "cpu_seconds": sum(row["time/cpu"] for row in metrics),
         "delta_max_abs": max(row.get("delta/max_abs", 0.0) for row in metrics),
+        "explained_variance": [row["critic/explained_variance"] for row in metrics if "critic/explained_variance" in row],
     }
 
 
@@ -155,21 +193,23 @@ def report(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", choices=("presets", "arms"), default="presets")
+    parser.add_argument("--sweep", choices=("presets", "arms", "critic"), default="presets")
+    parser.add_argument("--task", default="sudoku", help="a task that can make noisy demonstrations")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, len(T975) + 2), metavar="1..15")
     parser.add_argument("--steps", type=int, default=40, help="rollout batches per run")
     parser.add_argument("--prompts-per-step", type=int, default=16, help="with 8 completions each")
-    parser.add_argument("--max-samples", type=int, help="Monte Carlo samples per completion and update: 4, or 16 for arms")
+    parser.add_argument("--max-samples", type=int, help="Monte Carlo samples per completion; 4 for presets, else 16")
     parser.add_argument("--only", nargs="*", help="only these presets")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="seeds run at the same time")
     parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     max_samples = options.max_samples or (4 if options.sweep == "presets" else 16)
-    arms = preset_arms(max_samples) if options.sweep == "presets" else sample_arms(max_samples)
+    arms = {"presets": preset_arms, "arms": sample_arms, "critic": critic_arms}[options.sweep](max_samples)
+    task = (f"task={options.task}", "task.demonstrations_from=noisy")
     arms = [arm for arm in arms if not options.only or arm.name in options.only]
     with ThreadPoolExecutor(options.workers) as pool:
-        jobs = [pool.submit(run_seed, options.out, arms, seed, options.steps, options.prompts_per_step)
+        jobs = [pool.submit(run_seed, options.out, task, arms, seed, options.steps, options.prompts_per_step)
                 for seed in range(options.seeds)]
     for job in jobs:
         job.result()
