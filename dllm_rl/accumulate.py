@@ -102,7 +102,8 @@ class Engine:
             The scores of this pass (they serve as `old` of the next inner update), and the metrics with the loss.
         """
         if driver == "auto":
-            driver = "single_pass" if objective.separable or self.num_samples == 1 else "two_pass"
+            alone = self.num_samples == 1 and not objective.couples_sequences
+            driver = "single_pass" if objective.separable or alone else "two_pass"
         top_k = objective.support_size if keep_top_k else 0
         recorder = Recorder(
             self.completions, self.masks.likelihood, policy, read=self.read, top_k=top_k,

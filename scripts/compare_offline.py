@@ -63,7 +63,8 @@ def run_seed(options: argparse.Namespace, seed: int) -> None:
         if not finished(folder, options.steps):
             dllm("train", *task, f"algorithm={arm.algorithm}", *arm.settings, f"data={file}", f"model.path={start}",
                  f"trainer.steps={options.steps}", f"trainer.eval_every={options.steps}", "trainer.save_every=1000",
-                 "resume=auto", f"seed={seed}", f"run_dir={folder}")
+                 *(() if arm.algorithm == "sft" else (f"likelihood.num_samples={options.samples}",)), "resume=auto",
+                 f"seed={seed}", f"run_dir={folder}")
 
 
 def table_row(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512, help="prompts in the file")
     parser.add_argument("--completions", type=int, default=4, help="completions per prompt, at least 2")
     parser.add_argument("--steps", type=int, default=96, help="updates, each on all completions of 16 prompts")
+    parser.add_argument("--samples", type=int, default=8, help="Monte Carlo samples (SFT has 1)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="seeds run at the same time")
     parser.add_argument("--out", type=Path, default=Path("outputs/compare_offline"))
     parser.add_argument("--json", type=Path, help="write the figures to this file")

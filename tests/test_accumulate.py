@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,22 +21,29 @@ from dllm_rl.diffusion.estimators import (
     StratifiedCounts,
     Trajectory,
 )
-from dllm_rl.diffusion.likelihood import token_logps
+from dllm_rl.diffusion.likelihood import token_logps, token_values
 from dllm_rl.memory import SavedBytes
 from dllm_rl.models.policy import Policy
+from dllm_rl.models.value_head import ValueModel
 from dllm_rl.objectives.aggregation import AGGREGATIONS, Totals
-from dllm_rl.objectives.base import Objective
+from dllm_rl.objectives.base import Extras, Objective
 from dllm_rl.objectives.bgpo import BGPO
 from dllm_rl.objectives.coupled_grpo import CoupledGRPO
 from dllm_rl.objectives.dppo import DIVERGENCES, DPPO
+from dllm_rl.objectives.dro import DRO, VALUES
 from dllm_rl.objectives.drpo import DRPO, SPO
 from dllm_rl.objectives.elbo_ratio import ELBORatio
 from dllm_rl.objectives.espo import ESPO
+from dllm_rl.objectives.kto import KTO, REFERENCE_POINTS
 from dllm_rl.objectives.levels import LEVELS
 from dllm_rl.objectives.ppo_clip import GRPO, PPOClip
 from dllm_rl.objectives.reinforce import Reinforce
+from dllm_rl.objectives.rpo import PARTITIONS, RPO
+from dllm_rl.objectives.sft import SFT
 from dllm_rl.objectives.spg import SPG
 from dllm_rl.objectives.unigrpo import UniGRPO
+from dllm_rl.objectives.value import ValueLoss
+from dllm_rl.objectives.vrpo import VRPO
 from dllm_rl.objectives.wd1 import WD1
 from dllm_rl.scoring import Masks, Old, Scores
 from dllm_rl.types import Completions
@@ -59,6 +67,13 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     **{f"spg_{kind}": (lambda kind=kind: SPG(negative=kind)) for kind in ("mix", "eubo", "elbo", "zero")},
     "coupled_grpo": CoupledGRPO,
     "unigrpo": UniGRPO,
+    **{f"rpo_{kind}": (lambda kind=kind: RPO(partition=kind, tau=0.7)) for kind in PARTITIONS},
+    "rpo_sum": lambda: RPO(log_ratio="sum"),
+    **{f"dro_{value}": (lambda value=value: DRO(value=value, tau=0.3)) for value in VALUES},
+    **{f"kto_{point}": (lambda point=point: KTO(reference_point=point)) for point in REFERENCE_POINTS},
+    "vrpo": VRPO,
+    "sft": SFT,
+    "ppo_old_anchor": lambda: PPOClip(kl_coef=0.1, kl_anchor="old"),
     **{f"aggregation_{mode}": (lambda mode=mode: ELBORatio(aggregation=mode)) for mode in AGGREGATIONS},
 }
 LIKELIHOODS: dict[str, Likelihood] = {
@@ -98,11 +113,13 @@ class Setting:
         self.completions = make_completions(self.policy)
         self.advantages = ADVANTAGES.to(dtype)
         self.masks = Masks(self.likelihood, seed=3, step=5)
+        self.extras = Extras(torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0.3, -0.1], dtype=dtype))
 
     def run(
         self, objective: Objective, driver: str = "auto", micro: int = 7, on_policy: bool = False,
         rows: Tensor | None = None, **options: object,
     ) -> tuple[Scores, dict[str, float], Tensor]:
+        extras = self.extras if rows is None else self.extras.rows(rows)
         completions = self.completions if rows is None else self.completions.rows(rows)
         advantages = self.advantages if rows is None else self.advantages[rows]
         engine = Engine(completions, self.masks, micro)
@@ -112,7 +129,7 @@ class Setting:
         reference = engine.score(self.reference) if objective.uses_reference else None
         scores, metrics = engine.backward(
             self.policy, objective, advantages, totals_of(self.completions, self.likelihood, self.policy.eos_id), old=old,
-            reference=reference, driver=driver, **options,  # type: ignore[arg-type]
+            reference=reference, extras=extras, driver=driver, **options,  # type: ignore[arg-type]
         )
         return scores, metrics, gradient(self.policy)
 
@@ -160,6 +177,38 @@ def test_one_sample_needs_one_pass() -> None:
         found = setting.run(OBJECTIVES[name](), "auto", 6)[2]
         assert calls == [True]
         assert (found - retained).norm() <= 1e-10 * retained.norm()
+
+
+@pytest.mark.parametrize("name", ["rpo_ref_weighted_sum", "dro_group_mean", "kto_matched", "vrpo"])
+def test_losses_that_couple_sequences_see_all_of_them(name: str) -> None:
+    """Also with one sample, where chunks hold a part of the batch each."""
+    setting = Setting(StratifiedCounts(num_samples=1))
+    expected = setting.run(OBJECTIVES[name](), "retained", 6)[2]
+    found = setting.run(OBJECTIVES[name](), "auto", micro=2)[2]
+    assert (found - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("trunk", ["separate", "shared"])
+@pytest.mark.parametrize("likelihood", ["trajectory", "one_step"])
+def test_a_critic_goes_through_the_same_engine(trunk: str, likelihood: str) -> None:
+    setting = Setting(Trajectory(num_samples=4) if likelihood == "trajectory" else OneStep(region="canvas"))
+    critic = ValueModel(setting.policy, trunk)
+    with torch.no_grad():
+        critic.head.weight.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    parameters = [*critic.parameters(), *([] if trunk == "separate" else setting.policy.network.parameters())]
+    targets = torch.linspace(-1, 1, 48, dtype=torch.float64).view(6, 8)
+    gradients = []
+    for driver, micro in (("retained", 24), ("auto", 5), ("two_pass", 24)):
+        engine = Engine(setting.completions, setting.masks, micro, token_values)
+        old = engine.score(critic)
+        shifted = Old(replace(old, logps=old.logps + 0.3 * old.scored))  # values have moved beyond the clip
+        _, metrics = engine.backward(critic, ValueLoss(), targets, Totals(6, 48, 8), old=shifted, driver=driver)
+        assert 0 < metrics["clipped"] < 1
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        for parameter in parameters:
+            parameter.grad = None
+    assert gradients[0].norm() > 0
+    assert all((found - gradients[0]).norm() <= 1e-10 * gradients[0].norm() for found in gradients)
 
 
 def count_calls(policy: Policy) -> list[bool]:
@@ -318,8 +367,12 @@ def test_an_unknown_driver_is_refused() -> None:
         Setting().run(BGPO(), "three_pass", on_policy=True)
 
 
+COMPARING = ("rpo_ref_weighted_sum", "rpo_ref_weighted_normalised", "rpo_mc_mean", "rpo_sum", "dro_group_mean", "vrpo",
+             "kto_mismatched")
+"""Objectives that say nothing about a completion alone."""
 SIGN: dict[str, tuple[Callable[[], Objective], Likelihood]] = {
-    **{name: (make, StratifiedCounts(num_samples=16)) for name, make in OBJECTIVES.items() if name != "spg_zero"},
+    **{name: (make, StratifiedCounts(num_samples=16)) for name, make in OBJECTIVES.items()
+       if name != "spg_zero" and name not in COMPARING},
     "diffu_grpo": (lambda: PPOClip(level="token", clip_low=0.5, clip_high=0.5), OneStep(num_samples=4)),
     "coupled_grpo": (CoupledGRPO, CoupledFull(num_samples=12)),
     "wd1": (WD1, OneStep(num_samples=4)),
@@ -352,3 +405,36 @@ def test_one_step_moves_the_elbo_with_the_sign_of_the_advantage(name: str, advan
             parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
     assert (measure.score(policy).terms.mean().item() - before) * advantage > 0
+
+
+@pytest.mark.parametrize("name", [name for name in COMPARING if name not in ("rpo_ref_weighted_sum", "rpo_sum")])
+def test_one_step_prefers_the_better_of_two_completions(name: str) -> None:
+    change = step_on_a_pair(OBJECTIVES[name](), torch.tensor([1.0, -1.0], dtype=torch.float64))
+    assert change[0] > 0 > change[1]
+
+
+@pytest.mark.parametrize("rewards", [[1.0, -1.0], [-1.0, 1.0]])
+def test_the_partition_of_the_rpo_code_raises_good_and_bad_alike(rewards: list[float]) -> None:
+    """Its targets put all probability on the responses that the data has, whatever their rewards."""
+    change = step_on_a_pair(OBJECTIVES["rpo_ref_weighted_sum"](), torch.tensor(rewards, dtype=torch.float64))
+    assert change.min() > 0
+
+
+def step_on_a_pair(objective: Objective, advantages: Tensor) -> Tensor:
+    """The change of the ELBO of two completions of one prompt by a small step, [2]."""
+    policy = make_policy()
+    completions = make_completions(policy, batch=2)
+    measure = Engine(completions, Masks(StratifiedCounts(num_samples=64), 8, 8), micro_samples=128)
+    before = measure.score(policy).terms.mean(1)
+    engine = Engine(completions, Masks(StratifiedCounts(num_samples=16), 3, 5), micro_samples=64)
+    engine.backward(
+        policy, objective, advantages, Totals(2, 16, 8), reference=engine.score(policy),
+        extras=Extras(torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)),
+    )
+    step = gradient(policy)
+    size, offset = 1e-3 / step.norm(), 0
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+    return measure.score(policy).terms.mean(1) - before

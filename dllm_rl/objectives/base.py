@@ -120,6 +120,11 @@ class Objective(ABC):
         return False
 
     @property
+    def couples_sequences(self) -> bool:
+        """Whether the loss of a completion depends on the log-probabilities of others, so that it needs the whole batch."""
+        return False
+
+    @property
     def reads_rewards(self) -> bool:
         """Whether the loss works on the rewards themselves instead of on advantages."""
         return False

@@ -34,6 +34,10 @@ class LogRatio(Objective):
         check(self.aggregation == "seq-mean-token-sum", "objective.aggregation", self.aggregation, valid)
 
     @property
+    def couples_sequences(self) -> bool:
+        return True
+
+    @property
     def reads_rewards(self) -> bool:
         return True
 
