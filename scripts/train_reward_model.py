@@ -27,14 +27,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.rows import load_rows
 
 
 def held_out(prompt: str) -> bool:
-    """One prompt in eight, decided by its text alone."""
-    return zlib.crc32(prompt.encode()) % 8 == 0
+    """One prompt in eight, decided by its text alone (the salt: the generated tasks split themselves by the bare hash)."""
+    return zlib.crc32(b"reward model" + prompt.encode()) % 8 == 0
 
 
 def encoded(rows: list[Any], tokenizer: Any) -> datasets.Dataset:
@@ -65,6 +66,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
+    logging.set_verbosity_error()  # a new head is what is wanted, no cause for a warning
+    logging.disable_progress_bar()
     set_seed(options.seed)
     rows = load_rows(options.data, "train", ("prompt", "completion", "reward"))
     if not all(0 <= float(row["reward"]) <= 1 for row in rows):
@@ -75,6 +78,8 @@ def main() -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     kept = [row for row in rows if not held_out(row["prompt"])]
     tested = [row for row in rows if held_out(row["prompt"])]
+    if not kept or not tested:
+        parser.error(f"--data {options.data}: has too few prompts to hold one in eight out")
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             scratch, num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
