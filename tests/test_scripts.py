@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,54 @@ def test_the_estimator_report_compares_with_exact_values(tmp_path: Path) -> None
 def test_the_comparison_has_every_preset_at_equal_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     module = compare(monkeypatch)
     arms = module.preset_arms(4)
-    assert {arm.preset for arm in arms} == set(PRESETS) and {arm.inner_updates for arm in arms} == {1, 4}
+    elsewhere = {"ppo", "tracerl", "rpo", "dro", "kto", "vrpo", "sft"}
+    assert {arm.preset for arm in arms} == set(PRESETS) - elsewhere and {arm.inner_updates for arm in arms} == {1, 4}
     cut = {arm.preset for arm in arms if arm.num_samples == 4}
     assert {"bgpo", "grpo", "agrpo", "justgrpo", "dppo_tv"} <= cut
     assert not cut & {"vrpo_ol", "espo", "spg", "unigrpo", "gdpo", "diffu_grpo", "coupled_grpo", "wd1"}
     names = [arm.name for arm in module.sample_arms(16)]
-    assert len(set(names)) == len(names) and "two-pass elbo_ratio, equal cost, N=12" in names
+    assert len(set(names)) == len(names) and "two-pass elbo_ratio, 3/4 of the samples, N=12" in names
+
+
+@pytest.mark.heavy
+def test_the_critic_is_compared_on_and_off(tmp_path: Path) -> None:
+    run("compare_algorithms", "--sweep", "critic", "--task", "word_problems", "--seeds", "1", "--steps", "1",
+        "--prompts-per-step", "4", "--max-samples", "2", "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "f.json"))
+    rows = json.loads((tmp_path / "f.json").read_text())
+    assert [row["preset"] for row in rows] == ["ppo", "ppo", "ppo", "tracerl", "bgpo"]
+    explained = [len(row["runs"]["0"]["explained_variance"]) for row in rows]
+    assert explained == [1, 1, 0, 1, 0]
+
+
+@pytest.mark.heavy
+def test_every_form_of_learning_from_a_file_is_compared(tmp_path: Path) -> None:
+    run("compare_offline", "--task", "word_problems", "--seeds", "1", "--prompts", "8", "--steps", "1", "--samples", "2",
+        "--out", str(tmp_path / "runs"), "--json", str(tmp_path / "f.json"))
+    rows = json.loads((tmp_path / "f.json").read_text())
+    assert {row["algorithm"] for row in rows} == {"sft", "vrpo", "kto", "dro", "rpo"}
+    assert sum(row["algorithm"] == "rpo" for row in rows) == 6
+    for row in rows:
+        figures = row["runs"]["0"]
+        assert 0 <= figures["sampled_before"] <= 1 and 0 <= figures["sampled"] <= 1 and figures["cpu_seconds"] > 0
+
+
+def test_a_table_row_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compare(monkeypatch)
+    import compare_offline as module
+
+    folders = {arm.folder(tmp_path, 0).name for arm in module.ARMS}
+    assert len(folders) == len(module.ARMS) == 13 and not any("," in name or " " in name for name in folders)
+    arm = module.ARMS[0]
+    for seed, after in ((0, 0.5), (1, 0.7)):
+        folder = arm.folder(tmp_path, seed)
+        folder.mkdir()
+        rows = [{"step": step, "greedy/reward": 0.4, "sampled/reward": value} for step, value in ((0, 0.3), (9, after))]
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "metrics.jsonl").write_text(json.dumps({"reward/mean": 0.1, "time/cpu": 2.0}) + "\n")
+    row = module.table_row(Namespace(out=tmp_path, seeds=2), arm)
+    assert (row["sampled_before"], row["sampled_mean"], row["cpu_seconds"]) == (0.3, pytest.approx(0.6), 2.0)
+    assert row["sampled_rise"] == pytest.approx(0.3) and row["greedy_rise"] == pytest.approx(0)
+    assert row["sampled_rise_half"] == pytest.approx(12.706 * 0.1)
 
 
 def test_intervals_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

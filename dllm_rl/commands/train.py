@@ -31,9 +31,9 @@ from dllm_rl.training import Training
 def run(settings: common.Settings, config: DictConfig) -> None:
     """Checks everything that can be refused, then trains."""
     seed, task, trainer = common.check_seed(settings["seed"]), settings["task"], settings["trainer"]
-    common.require_model_path(settings)
     check_variant(common.group_choice("algorithm"), common.group_choice("variant"))
     check_parts(settings, common.group_choice("objective"))
+    common.require_model_path(settings)
     path = common.run_directory("train", settings, ("task", "algorithm"))
     objective, record = settings["objective"], common.plain(config)
     uses_reference = objective.uses_reference or settings["kl_reward"].coef > 0
