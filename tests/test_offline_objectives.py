@@ -202,6 +202,10 @@ def test_kto_by_hand() -> None:
     inputs = tabular(torch.tensor([-1.0, -3.0]), torch.tensor([-3.0, -3.0]), torch.tensor([1.0, -1.0]), torch.tensor([0, 1]),
                      mismatched=torch.tensor([1.0, 3.0]))
     assert KTO(beta=0.5).loss(inputs).loss.item() == pytest.approx((0.5 + 0.2689414) / 2)
+    three = tabular(torch.tensor([-1.0, -3.0, -3.0]), torch.tensor([-3.0] * 3), torch.tensor([1.0, -1.0, -1.0]),
+                    torch.tensor([0, 1, 2]), mismatched=torch.tensor([1.0, 3.0]))
+    balanced = KTO(beta=0.5, undesirable_weight=0.5).loss(three).loss  # λ_D = 0.5 x 2 / 1
+    assert balanced.item() == pytest.approx((1.0 * 0.5 + 2 * 0.5 * 0.2689414) / 3)
 
 
 @pytest.mark.parametrize(("mismatched", "expected"), [([-2.0, 1.0], 0.0), ([1.0, 2.0], 1.5)])
@@ -235,7 +239,7 @@ def test_labels_are_split_at_the_threshold() -> None:
 
 def test_kto_gives_the_advice_of_its_paper() -> None:
     rewards = torch.tensor([1.0] * 2 + [-1.0] * 8)
-    assert "from 4 to 5.33" in (KTO().advice(rewards) or "")
+    assert "from 4 to 5.33" in (KTO(desirable_weight=1.0).advice(rewards) or "") and KTO().advice(rewards) is None
     assert KTO(desirable_weight=4.5).advice(rewards) is None
     assert "one side" in (KTO().advice(rewards[:2]) or "")
 

@@ -3,8 +3,9 @@
     desirable     λ_D ( 1 − σ( β (ℓ − z0) ) )           z0 = max(0, mean of ℓ over mismatched pairs), detached
     undesirable   λ_U ( 1 − σ( β (z0 − ℓ) ) )
 
-A mismatched pair is a prompt with the completion of another one; z0 estimates KL(π || π_ref) and moves the point where the
-loss saturates. At θ = reference every loss is λ/2.
+The weights should satisfy λ_D n_D / (λ_U n_U) in [1, 4/3] (eq. 8): with many more undesirable completions than desirable
+ones and λ_D = λ_U, everything is pushed down. A mismatched pair is a prompt with the completion of another one; z0
+estimates KL(π || π_ref) and moves the point where the loss saturates. At θ = reference every loss is λ/2.
 
 Sources: arXiv 2402.01306, eq. 7-8, and TRL (β = 0.1); ELBO-KTO, arXiv 2510.23658, for masked diffusion (z0 from the matched
 pairs, 8 samples). RPO's own KTO baseline has log-probabilities per token, β = 1 and a matched z0 without the maximum
@@ -36,8 +37,8 @@ class KTO(LogRatio):
     mean ℓ of the batch (RPO's code, ELBO-KTO). zero."""
     threshold: float = 0.0
     """A completion is desirable if its reward is at least this. 0 is the mean with offline.rewards=standardised."""
-    desirable_weight: float = 1.0
-    """λ_D. λ_D n_D / (λ_U n_U) should lie in [1, 4/3] (paper, eq. 8)."""
+    desirable_weight: float | None = None
+    """λ_D. null: λ_U n_U / n_D of each batch, so that both sides weigh the same (the paper's rule)."""
     undesirable_weight: float = 1.0
     """λ_U."""
 
@@ -46,8 +47,9 @@ class KTO(LogRatio):
         check(self.beta > 0, "objective.beta", self.beta, "a number > 0")
         valid = ", ".join(REFERENCE_POINTS)
         check(self.reference_point in REFERENCE_POINTS, "objective.reference_point", self.reference_point, valid)
-        for name in ("desirable_weight", "undesirable_weight"):
-            check(getattr(self, name) > 0, f"objective.{name}", getattr(self, name), "a number > 0")
+        given = self.desirable_weight
+        check(given is None or given > 0, "objective.desirable_weight", given, "a number > 0, or null")
+        check(self.undesirable_weight > 0, "objective.undesirable_weight", self.undesirable_weight, "a number > 0")
 
     @property
     def uses_mismatched(self) -> bool:
@@ -65,6 +67,8 @@ class KTO(LogRatio):
         undesirable = len(rewards) - desirable
         if not desirable or not undesirable:
             return f"KTO: all rewards are on one side of objective.threshold={self.threshold}"
+        if self.desirable_weight is None:
+            return None
         share_of_weight = self.desirable_weight * desirable / (self.undesirable_weight * undesirable)
         if 1 <= share_of_weight <= 4 / 3:
             return None
@@ -76,7 +80,10 @@ class KTO(LogRatio):
         """λ (1 − value) of every completion; `advantages` are the labels. See `LossInputs` for shapes."""
         ell, label = self.ell(inputs), inputs.advantages
         z0 = self.z0(ell.detach(), inputs.extras.mismatched)
-        weight = torch.where(label > 0, self.desirable_weight, self.undesirable_weight) * label.abs()
+        good, bad = float((label > 0).sum()), float((label < 0).sum())
+        balanced = self.undesirable_weight * (bad / good if good and bad else 1.0)
+        desirable = balanced if self.desirable_weight is None else self.desirable_weight
+        weight = torch.where(label > 0, desirable, self.undesirable_weight) * label.abs()
         losses = weight * torch.sigmoid(-self.beta * label * (ell - z0))
         return LossOutput(inputs.reduce(losses), {
             "log_ratio/desirable": share(ell, label > 0), "log_ratio/undesirable": share(ell, label < 0),

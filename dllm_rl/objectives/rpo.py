@@ -8,7 +8,8 @@ RPO estimates Z from the responses to the same prompt that the data has:
     ref_weighted_normalised   Ẑ = Σ_i π_ref(y_i) exp(r_i/τ) / Σ_i π_ref(y_i)
     mc_mean                   Ẑ = 1/n Σ_i exp(r_i/τ)                                 unbiased for Z if y ~ π_ref
 
-With ref_weighted_sum the targets of a prompt's responses are log-softmax(log π_ref + r/τ): all mass is asked for on them.
+With ref_weighted_sum the targets of a prompt's n responses are log-softmax(log π_ref + r/τ): all mass is asked for on them.
+With log-probabilities per token that means token probabilities of about 1/n, above or below those of the reference.
 Adding a constant to the rewards of a prompt changes nothing. Source: arXiv 2506.13702 and its code (log-probabilities per
 token, rewards standardised over the data, τ = 5), which has ref_weighted_sum; the other two are derived here.
 """
