@@ -102,8 +102,8 @@ class Engine:
             The scores of this pass (they serve as `old` of the next inner update), and the metrics with the loss.
         """
         if driver == "auto":
-            alone = self.num_samples == 1 and not objective.couples_sequences
-            driver = "single_pass" if objective.separable or alone else "two_pass"
+            alone = self.num_samples == 1 and not objective.traits.couples_sequences
+            driver = "single_pass" if objective.traits.separable or alone else "two_pass"
         top_k = objective.support_size if keep_top_k else 0
         recorder = Recorder(
             self.completions, self.masks.likelihood, policy, read=self.read, top_k=top_k,
@@ -133,7 +133,7 @@ class Engine:
         self, policy: Reader, loss_of: _Loss, run_backward: Callable[[Tensor], None], at_half: Callable[[], None] | None
     ) -> tuple[Scores, dict[str, float]]:
         recorder, metrics = loss_of.recorder, _Metrics()
-        known = loss_of.objective.ratio_only and loss_of.old is None and loss_of.reference is None
+        known = loss_of.objective.traits.ratio_only and loss_of.old is None and loss_of.reference is None
         with torch.no_grad():
             if known:  # only the corruptions are needed, and drawing them takes little memory
                 for chunk in self._chunks(policy, size=max(self.micro_samples, 1024)):

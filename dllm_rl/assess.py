@@ -49,7 +49,7 @@ def assess(run: Training, experience: Experience) -> Assessed:
     else:
         total = experience.rewards.clone()
         total[valid] = rewards.sum(1)
-        advantages = total if run.objective.reads_rewards else compute_advantages(
+        advantages = total if run.objective.traits.reads_rewards else compute_advantages(
             total, valid, experience.groups, run.advantage.kind, run.advantage.epsilon
         )
     return Assessed(replace(experience, advantages=advantages), appraisal, metrics)

@@ -24,12 +24,12 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
 
     Completions without an advantage have no gradient and cost no forward pass, unless a reference acts on them too.
     """
-    config, objective, policy = run.config, run.objective, run.policy
+    config, objective, policy, traits = run.config, run.objective, run.policy, run.objective.traits
     advantages = objective.prepare(experience.advantages, experience.valid, experience.groups)
     learnable = learns_from(run, advantages, experience.valid)
     if not learnable.any():
         return {"update/sequences": 0}
-    counted = learnable if objective.selects else torch.ones_like(learnable)
+    counted = learnable if traits.selects else torch.ones_like(learnable)
     region = run.likelihood.region_of(experience.completions.ids, policy.eos_id)
     totals = Totals(sequences=int(counted.sum()), tokens=int(region[counted].sum()), canvas=region.shape[1])
     completions = experience.completions.rows(learnable)
@@ -42,9 +42,9 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
     ]
     # What the policy that sampled says of masks that only later updates use, before the weights move. On the first
     # update's masks its values are those of that update itself.
-    later = engines[1:] if objective.uses_old else []
+    later = engines[1:] if traits.uses_old else []
     old: dict[int, Scores] = {1 + n: engine.score(policy, top_k=objective.support_size) for n, engine in enumerate(later)}
-    reference = [engine.score(run.reference) for engine in engines] if run.reference and objective.uses_reference else []
+    reference = [engine.score(run.reference) for engine in engines] if run.reference and traits.uses_reference else []
     exact = several and (objective.measured_divergence or "").startswith("exact")
     sampled_by = policy.frozen_copy() if exact else None
 
@@ -64,12 +64,12 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
             figures = halves.metrics()
             if run.critic and appraisal:
                 targets = appraisal.returns
-                if objective.needs_critic:
+                if traits.needs_critic:
                     targets = objective.value_targets(targets, scores.terms - reference[number].terms, scores.region.sum(1))
                 figures |= run.critic.learn(appraisal, targets)
         if not resampled:
             old.setdefault(0, scores)
-        known = None if objective.reads_rewards else before or (None if inner else scores)
+        known = None if traits.reads_rewards else before or (None if inner else scores)
         metrics = losses | figures | diagnostics(scores, known, advantages, objective.binary_divergence)
         metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
     return {"update/sequences": len(completions), **metrics}
@@ -78,15 +78,15 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
 def learns_from(run: Training, advantages: Tensor, valid: Tensor) -> Tensor:
     """[B] bool: the completions that an update needs. `advantages` is [B] or [B, L]."""
     moved = (advantages != 0).flatten(1).any(1) if advantages.dim() > 1 else advantages != 0
-    if run.objective.selects or not run.objective.uses_reference:
+    if run.objective.traits.selects or not run.objective.traits.uses_reference:
         return moved
-    return valid if run.objective.reads_rewards else torch.ones_like(valid)
+    return valid if run.objective.traits.reads_rewards else torch.ones_like(valid)
 
 
 def mismatched(run: Training, engine: Engine, groups: Tensor) -> Tensor | None:
     """ℓ of every prompt with the completion of another prompt, [B] without gradient, for the objectives that read it."""
     objective = run.objective
-    if not (objective.uses_mismatched and isinstance(objective, LogRatio) and run.reference):
+    if not (objective.traits.uses_mismatched and isinstance(objective, LogRatio) and run.reference):
         return None
     strangers = replace(engine.completions, ids=engine.completions.ids[partners(groups)])
     paired = Engine(strangers, engine.masks, engine.micro_samples)

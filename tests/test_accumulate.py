@@ -126,7 +126,7 @@ class Setting:
         old = None
         if not on_policy:
             old = Old(engine.score(self.sampled_by, top_k=objective.support_size), self.sampled_by)
-        reference = engine.score(self.reference) if objective.uses_reference else None
+        reference = engine.score(self.reference) if objective.traits.uses_reference else None
         scores, metrics = engine.backward(
             self.policy, objective, advantages, totals_of(self.completions, self.likelihood, self.policy.eos_id), old=old,
             reference=reference, extras=extras, driver=driver, **options,  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def check_drivers(setting: Setting, objective: Objective, on_policy: bool, toler
     norm = retained[2].norm()
     assert norm > 0
     for micro in (1, 5, 24):
-        for driver in ("single_pass", "two_pass") if objective.separable else ("two_pass",):
+        for driver in ("single_pass", "two_pass") if objective.traits.separable else ("two_pass",):
             scores, metrics, found = setting.run(objective, driver, micro, on_policy)
             assert (found - retained[2]).norm() <= tolerance * norm, (driver, micro)
             assert metrics["loss"] == pytest.approx(retained[1]["loss"], rel=100 * tolerance, abs=100 * tolerance)
@@ -254,7 +254,7 @@ def test_rows_can_come_in_any_order_and_zero_advantages_can_be_left_out() -> Non
     setting = Setting()
     for name in ("bgpo", "elbo_ratio", "grpo", "aggregation_token-mean", "aggregation_seq-mean-token-mean"):
         objective = OBJECTIVES[name]()
-        if objective.uses_reference:
+        if objective.traits.uses_reference:
             objective.kl_coef = 0.0  # type: ignore[attr-defined]
         expected = setting.run(objective)[2]
         found = setting.run(objective, rows=torch.tensor([3, 0, 5, 1, 2]))[2]  # 4 has advantage 0
@@ -396,7 +396,7 @@ def test_one_step_moves_the_elbo_with_the_sign_of_the_advantage(name: str, advan
     objective, engine = make(), Engine(completion, Masks(likelihood, 3, 5), micro_samples=64)
     engine.backward(
         policy, objective, torch.tensor([advantage], dtype=torch.float64), totals_of(completion, likelihood, policy.eos_id),
-        reference=engine.score(policy) if objective.uses_reference else None,
+        reference=engine.score(policy) if objective.traits.uses_reference else None,
     )
     step = gradient(policy)
     size, offset = 1e-3 / step.norm(), 0

@@ -182,7 +182,7 @@ def test_every_algorithm_learns_what_the_file_prefers(tmp_path: Path, objective:
     run = training(tmp_path, 30)
     run.source = FileSource(make_groups(), run.policy, 4, groups_per_step=6, masks="fresh", seed=0)
     run.objective = objective
-    if objective.uses_reference:
+    if objective.traits.uses_reference:
         run.reference = run.policy.frozen_copy()
     experience = run.source.experience(1)
     before = preference(run.policy, experience.completions, experience.rewards)

@@ -305,4 +305,5 @@ def test_bad_values_name_their_key(make: object, message: str) -> None:
 
 @pytest.mark.parametrize("objective", [RPO(), DRO(), KTO(), VRPO()])
 def test_they_say_what_they_need(objective: LogRatio) -> None:
-    assert objective.uses_reference and objective.reads_rewards and objective.couples_sequences and not objective.uses_old
+    traits = objective.traits
+    assert traits.uses_reference and traits.reads_rewards and traits.couples_sequences and not traits.uses_old

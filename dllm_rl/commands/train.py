@@ -36,7 +36,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     common.require_model_path(settings)
     path = common.run_directory("train", settings, ("task", "algorithm"))
     objective, record = settings["objective"], common.plain(config)
-    uses_reference = objective.uses_reference or settings["kl_reward"].coef > 0
+    uses_reference = objective.traits.uses_reference or settings["kl_reward"].coef > 0
     if uses_reference:
         # What pulls towards the model that training started from needs the very same checkpoint in a continuation.
         record["model"]["path"] = resolve_model_path(record["model"]["path"])
@@ -125,17 +125,17 @@ def check_parts(settings: common.Settings, name: str) -> None:
         valid = f"false with likelihood.num_samples={samples}: two halves need {2 * likelihood.unit}"
         raise bad_value("trainer.gradient_cosine", True, valid)
 
-    needed, mdp = objective.needs_critic, critic.mdp
+    needed, mdp = objective.traits.needs_critic, critic.mdp
     check(needed in (None, mdp), "critic.mdp", mdp, f"{needed} with objective={name}")
     if mdp != "none":
-        ratio = objective.reads_rewards and not needed
+        ratio = objective.traits.reads_rewards and not needed
         check(not ratio, "critic.mdp", mdp, f"none with objective={name}: it works on the rewards themselves")
-        fits = mdp == "bandit" or objective.token_level
+        fits = mdp == "bandit" or objective.traits.token_level
         check(fits, "critic.mdp", mdp, f"bandit or none with objective={name}: its loss has one advantage per sequence")
         check(not (needed and critic.whiten), "critic.whiten", critic.whiten, f"false with objective={name}: it needs r - V")
-    own = settings["kl_reward"].coef == 0 or not objective.reads_rewards
+    own = settings["kl_reward"].coef == 0 or not objective.traits.reads_rewards
     check(own, "kl_reward.coef", settings["kl_reward"].coef, f"0 with objective={name}: its loss has the reference already")
-    if objective.uses_mismatched:
+    if objective.traits.uses_mismatched:
         valid = f"an integer >= 2 with objective={name}: mismatched pairs need two prompts"
         check(trainer.prompts_per_step >= 2, "trainer.prompts_per_step", trainer.prompts_per_step, valid)
     if settings["data"] is None:
@@ -148,7 +148,7 @@ def _check_group_size(settings: common.Settings, name: str) -> None:
     size: int = settings["trainer"].group_size
     least, why = settings["objective"].least_group
     check(size >= least, "trainer.group_size", size, f"an integer >= {least} with objective={name}: {why}")
-    compared = settings["critic"].mdp == "none" and not settings["objective"].reads_rewards
+    compared = settings["critic"].mdp == "none" and not settings["objective"].traits.reads_rewards
     grouped = compared and settings["advantage"].kind != "z_score"
     check(size >= 2 or not grouped, "trainer.group_size", size, "an integer >= 2 where rewards are compared within a group")
 
@@ -156,7 +156,7 @@ def _check_group_size(settings: common.Settings, name: str) -> None:
 def _check_for_data(settings: common.Settings, name: str) -> None:
     valid = (f"null with objective={name}: it forms ratios to the policy that sampled, which a file does not have; "
              "rpo, dro, kto, vrpo and sft learn from files")
-    check(not settings["objective"].uses_old, "data", settings["data"], valid)
+    check(not settings["objective"].traits.uses_old, "data", settings["data"], valid)
     trajectory = "the file does not say in which order tokens were written"
     valid = f"an estimator of the completion alone with data={settings['data']}: {trajectory}"
     check(not isinstance(settings["likelihood"], Trajectory), "likelihood", "trajectory", valid)

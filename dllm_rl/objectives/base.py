@@ -87,6 +87,32 @@ class LossOutput(NamedTuple):
     metrics: Mapping[str, Share]
 
 
+class Traits(NamedTuple):
+    """What a loss is and what it reads."""
+
+    separable: bool = False
+    """A sum over Monte Carlo samples of functions of one sample each: one pass."""
+    ratio_only: bool = False
+    """Depends on the current values only through their difference from the old ones (and the reference ones), so that it is
+    known at θ = θ_old without evaluating them."""
+    token_level: bool = False
+    """Takes an advantage for each token, [B, L]."""
+    couples_sequences: bool = False
+    """The loss of a completion depends on the log-probabilities of others, so that it needs the whole batch."""
+    uses_old: bool = True
+    """Reads `old_logps`."""
+    uses_reference: bool = False
+    """Reads `ref_logps`."""
+    reads_rewards: bool = False
+    """Works on the rewards themselves instead of on advantages."""
+    selects: bool = False
+    """Completions that `prepare` gives 0 are left out altogether, from means too."""
+    uses_mismatched: bool = False
+    """Reads `extras.mismatched`."""
+    needs_critic: str | None = None
+    """The `critic.mdp` without which it makes no sense; None: any, or no critic."""
+
+
 @dataclass
 class Objective(ABC):
     """A pure function of log-probabilities and advantages: a member of the Hydra group `objective`."""
@@ -104,60 +130,14 @@ class Objective(ABC):
               f"null with objective.aggregation={self.aggregation}: only seq-mean-token-sum-norm has a horizon")
 
     @property
-    def separable(self) -> bool:
-        """Whether the loss is a sum over Monte Carlo samples of functions of one sample each."""
-        return False
-
-    @property
-    def ratio_only(self) -> bool:
-        """Whether the loss depends on the current values only through their difference from the old ones (and the reference
-        ones), so that it is known at θ = θ_old without evaluating them."""
-        return False
-
-    @property
-    def token_level(self) -> bool:
-        """Whether the loss takes an advantage for each token, [B, L]."""
-        return False
-
-    @property
-    def couples_sequences(self) -> bool:
-        """Whether the loss of a completion depends on the log-probabilities of others, so that it needs the whole batch."""
-        return False
-
-    @property
-    def reads_rewards(self) -> bool:
-        """Whether the loss works on the rewards themselves instead of on advantages."""
-        return False
-
-    @property
-    def selects(self) -> bool:
-        """Whether completions that `prepare` gives 0 are left out altogether, from means too."""
-        return False
-
-    @property
-    def uses_mismatched(self) -> bool:
-        """Whether the loss reads `extras.mismatched`."""
-        return False
-
-    @property
-    def needs_critic(self) -> str | None:
-        """The `critic.mdp` without which the loss makes no sense; None: any, or no critic."""
-        return None
+    def traits(self) -> Traits:
+        """What the engine, the loop and the checks of a run need to know of the loss."""
+        return Traits()
 
     @property
     def least_group(self) -> tuple[int, str]:
         """The fewest completions per prompt that make sense, and why."""
         return 1, ""
-
-    @property
-    def uses_old(self) -> bool:
-        """Whether the loss reads `old_logps`."""
-        return True
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether the loss reads `ref_logps`."""
-        return False
 
     @property
     def measured_divergence(self) -> str | None:

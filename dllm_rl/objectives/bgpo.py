@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, exp_with_tangent, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, column, exp_with_tangent, share
 
 
 @dataclass
@@ -48,12 +48,8 @@ class BGPO(Objective):
             check(value is None or value > 0, f"objective.{name}", value, "a number > 0, or null")
 
     @property
-    def separable(self) -> bool:
-        return self.chunk == 1
-
-    @property
-    def ratio_only(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(separable=self.chunk == 1, ratio_only=True)
 
     def check_likelihood(self, likelihood: Likelihood) -> None:
         valid = f"a divisor of likelihood.num_samples={likelihood.num_samples}"

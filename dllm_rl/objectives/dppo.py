@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dllm_rl.diffusion.divergence import binary
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, log_ratio, share, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, column, log_ratio, share, weighted_logp_loss
 
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl", "exact_tv", "exact_kl")
 
@@ -49,12 +49,8 @@ class DPPO(Objective):
         check(self.ratio_cap > 0, "objective.ratio_cap", self.ratio_cap, "a number > 0 (inf for no cap)")
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def token_level(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(separable=True, token_level=True)
 
     @property
     def measured_divergence(self) -> str | None:

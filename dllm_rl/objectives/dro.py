@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Traits, share
 from dllm_rl.objectives.groups import group_sum
 from dllm_rl.objectives.log_ratio import LogRatio
 
@@ -41,8 +41,8 @@ class DRO(LogRatio):
         check(self.value in VALUES, "objective.value", self.value, " or ".join(VALUES))
 
     @property
-    def needs_critic(self) -> str | None:
-        return "bandit" if self.value == "network" else None
+    def traits(self) -> Traits:
+        return super().traits._replace(needs_critic="bandit" if self.value == "network" else None)
 
     @property
     def least_group(self) -> tuple[int, str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, log_ratio, share, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, column, log_ratio, share, weighted_logp_loss
 
 
 @dataclass
@@ -35,12 +35,8 @@ class SPO(Objective):
         check(self.radius > 0, "objective.radius", self.radius, "a number > 0 (inf for no penalty)")
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def token_level(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(separable=True, token_level=True)
 
     def distance(self, log_r: Tensor, old_logps: Tensor) -> Tensor:
         """|r − 1|."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Share, exp_with_tangent, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Share, Traits, exp_with_tangent, share
 from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import units
 
@@ -37,8 +37,8 @@ class ELBORatio(KLObjective):
         check(self.max_delta > 0, "objective.max_delta", self.max_delta, "a number > 0 (inf for no limit)")
 
     @property
-    def ratio_only(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return super().traits._replace(ratio_only=True)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The ratio of ELBOs of every sequence, clipped where asked. See `LossInputs` for shapes."""

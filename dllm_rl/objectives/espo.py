@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, check_unnormalised, column, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Traits, check_unnormalised, column, share
 from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import units
 from dllm_rl.objectives.ppo_clip import clipped_surrogate
@@ -37,8 +37,8 @@ class ESPO(KLObjective):
         check(self.aggregation == "seq-mean-token-sum", "objective.aggregation", self.aggregation, valid)
 
     @property
-    def ratio_only(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return super().traits._replace(ratio_only=True)
 
     def check_likelihood(self, likelihood: Likelihood) -> None:
         check_unnormalised(likelihood, "objective=espo divides by the number of tokens itself")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, Share, exp_with_tangent, share
+from dllm_rl.objectives.base import MAX_LOG_RATIO, Objective, Share, Traits, exp_with_tangent, share
 from dllm_rl.objectives.levels import Units
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -47,8 +47,8 @@ class KLObjective(Objective):
         check(self.kl_anchor in KL_ANCHORS, "objective.kl_anchor", self.kl_anchor, " or ".join(KL_ANCHORS))
 
     @property
-    def uses_reference(self) -> bool:
-        return self.kl_coef > 0 and self.kl_anchor == "reference"
+    def traits(self) -> Traits:
+        return Traits(uses_reference=self.kl_coef > 0 and self.kl_anchor == "reference")
 
     def penalty(self, units: Units, exists: Tensor, metrics: dict[str, Share], per: Tensor | float = 1.0) -> Tensor | float:
         """kl_coef x KL / `per` of each unit, with its mean in `metrics`; 0 where there is nothing to pull towards."""

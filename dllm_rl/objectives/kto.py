@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Traits, share
 from dllm_rl.objectives.log_ratio import LogRatio
 
 REFERENCE_POINTS = ("mismatched", "matched", "zero")
@@ -52,8 +52,8 @@ class KTO(LogRatio):
         check(self.undesirable_weight > 0, "objective.undesirable_weight", self.undesirable_weight, "a number > 0")
 
     @property
-    def uses_mismatched(self) -> bool:
-        return self.reference_point == "mismatched"
+    def traits(self) -> Traits:
+        return super().traits._replace(uses_mismatched=self.reference_point == "mismatched")
 
     def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """Rewards -> labels: 1 desirable, -1 undesirable, 0 without a grade; [B] -> [B]."""

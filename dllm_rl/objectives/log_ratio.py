@@ -15,7 +15,7 @@ from torch import Tensor
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.likelihood import elbo_terms
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, Objective, check_unnormalised
+from dllm_rl.objectives.base import LossInputs, Objective, Traits, check_unnormalised
 
 LOG_RATIOS = ("sum", "mean")
 
@@ -34,20 +34,8 @@ class LogRatio(Objective):
         check(self.aggregation == "seq-mean-token-sum", "objective.aggregation", self.aggregation, valid)
 
     @property
-    def couples_sequences(self) -> bool:
-        return True
-
-    @property
-    def reads_rewards(self) -> bool:
-        return True
-
-    @property
-    def uses_old(self) -> bool:
-        return False
-
-    @property
-    def uses_reference(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(couples_sequences=True, reads_rewards=True, uses_old=False, uses_reference=True)
 
     def check_likelihood(self, likelihood: Likelihood) -> None:
         check_unnormalised(likelihood, "objective.log_ratio says how lengths count")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, exp_with_tangent, share
+from dllm_rl.objectives.base import MAX_LOG_RATIO, LossInputs, LossOutput, Traits, exp_with_tangent, share
 from dllm_rl.objectives.kl import KLObjective
 from dllm_rl.objectives.levels import LEVELS, SEPARABLE_LEVELS, TOKEN_LEVELS, units
 
@@ -43,16 +43,10 @@ class PPOClip(KLObjective):
         check(self.dual_clip is None or self.dual_clip > 1, "objective.dual_clip", self.dual_clip, "a number > 1, or null")
 
     @property
-    def separable(self) -> bool:
-        return self.level in SEPARABLE_LEVELS
-
-    @property
-    def token_level(self) -> bool:
-        return self.level in TOKEN_LEVELS
-
-    @property
-    def ratio_only(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return super().traits._replace(
+            separable=self.level in SEPARABLE_LEVELS, token_level=self.level in TOKEN_LEVELS, ratio_only=True
+        )
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The clipped surrogate and the KL term of every unit. See `LossInputs` for shapes."""

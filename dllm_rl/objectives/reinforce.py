@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, weighted_logp_loss
 
 
 @dataclass
@@ -20,16 +20,8 @@ class Reinforce(Objective):
     """REINFORCE (`objective=reinforce`)."""
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def token_level(self) -> bool:
-        return True
-
-    @property
-    def uses_old(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(separable=True, token_level=True, uses_old=False)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """Minus the weighted ELBO. See `LossInputs` for shapes."""

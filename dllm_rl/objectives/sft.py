@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, weighted_logp_loss
 
 SELECTIONS = ("all", "best")
 
@@ -34,20 +34,8 @@ class SFT(Objective):
         check(self.select in SELECTIONS, "objective.select", self.select, " or ".join(SELECTIONS))
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def uses_old(self) -> bool:
-        return False
-
-    @property
-    def reads_rewards(self) -> bool:
-        return True
-
-    @property
-    def selects(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(separable=True, uses_old=False, reads_rewards=True, selects=True)
 
     def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """Rewards -> 1 for the chosen completions, 0 for the rest; [B] -> [B]."""

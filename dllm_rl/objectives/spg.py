@@ -21,7 +21,7 @@ from torch import Tensor
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.likelihood import elbo_terms
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, check_unnormalised
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, check_unnormalised
 
 NEGATIVES = ("mix", "eubo", "elbo", "zero")
 
@@ -45,8 +45,8 @@ class SPG(Objective):
         check(0 <= self.mix_weight <= 1, "objective.mix_weight", self.mix_weight, "a number from 0 to 1")
 
     @property
-    def uses_old(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(uses_old=False)
 
     def check_likelihood(self, likelihood: Likelihood) -> None:
         check_unnormalised(likelihood, "the weights of objective=spg enter a logarithm")

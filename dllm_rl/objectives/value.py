@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dllm_rl.diffusion.likelihood import elbo_terms
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, column, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, column, share
 
 
 @dataclass
@@ -26,12 +26,8 @@ class ValueLoss(Objective):
     """null: none."""
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def token_level(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return Traits(separable=True, token_level=True)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         """The clipped squared error of every scored position. See `LossInputs` for shapes."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, share
+from dllm_rl.objectives.base import LossInputs, LossOutput, Traits, share
 from dllm_rl.objectives.groups import group_sum
 from dllm_rl.objectives.log_ratio import LogRatio
 
@@ -33,8 +33,8 @@ class VRPO(LogRatio):
         check(self.beta > 0, "objective.beta", self.beta, "a number > 0")
 
     @property
-    def selects(self) -> bool:
-        return True
+    def traits(self) -> Traits:
+        return super().traits._replace(selects=True)
 
     @property
     def least_group(self) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, weighted_logp_loss
 from dllm_rl.objectives.groups import group_log_softmax
 
 
@@ -30,12 +30,8 @@ class WD1(Objective):
         check(self.psi > 0, "objective.psi", self.psi, "a number > 0")
 
     @property
-    def separable(self) -> bool:
-        return True
-
-    @property
-    def uses_old(self) -> bool:
-        return False
+    def traits(self) -> Traits:
+        return Traits(separable=True, uses_old=False)
 
     def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """w⁺ − w⁻: [B] -> [B]; exactly 0 in a group of equal advantages and for completions without a grade."""
