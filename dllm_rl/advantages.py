@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.errors import check
+from dllm_rl.objectives.groups import group_max, group_sum
 
 KINDS = ("group_standardised", "mean_only", "leave_one_out", "z_score")
 
@@ -44,20 +45,19 @@ def compute_advantages(
         fewer than two of its completions are valid.
     """
     rewards = rewards.double()
-    number = torch.zeros_like(groups) if kind == "z_score" else groups.unique(return_inverse=True)[1]
-
-    def total(values: Tensor) -> Tensor:
-        sums = values.new_zeros(int(number.max()) + 1).index_add(0, number, values)
-        return sums[number]
-
-    count = total(valid.double())
-    centred = (rewards - total(rewards.where(valid, 0.0)) / count.clamp(min=1)).where(valid, 0.0)
+    compared = torch.zeros_like(groups) if kind == "z_score" else groups
+    count = group_sum(valid.double(), compared)
+    centred = (rewards - group_sum(rewards.where(valid, 0.0), compared) / count.clamp(min=1)).where(valid, 0.0)
     if kind == "leave_one_out":
         centred = centred * count / (count - 1).clamp(min=1)
     elif kind != "mean_only":
-        centred = centred / ((total(centred.square()) / (count - 1).clamp(min=1)).sqrt() + epsilon)
-    lowest = rewards.new_full((int(number.max()) + 1,), torch.inf)
-    lowest = lowest.scatter_reduce(0, number, rewards.where(valid, torch.inf), "amin")[number]
+        centred = centred / ((group_sum(centred.square(), compared) / (count - 1).clamp(min=1)).sqrt() + epsilon)
     # Comparing the rewards themselves: rounding of the mean must not turn equal rewards into a signal.
-    differs = total(((rewards > lowest) & valid).double()) > 0
+    least = -group_max(-rewards.where(valid, torch.inf), compared)
+    differs = group_sum(((rewards > least) & valid).long(), compared) > 0
     return torch.where(differs, centred, 0.0).float()
+
+
+def has_signal(advantages: Tensor) -> Tensor:
+    """Whether a completion has an advantage at all: [B] or [B, L] -> [B] bool."""
+    return advantages != 0 if advantages.dim() == 1 else (advantages != 0).any(1)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dllm_rl.accumulate import Engine
-from dllm_rl.advantages import compute_advantages
+from dllm_rl.advantages import compute_advantages, has_signal
 from dllm_rl.critic import Appraisal
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.experience import Experience
+from dllm_rl.objectives.groups import group_sum
 from dllm_rl.scoring import Masks, Scores
 from dllm_rl.training import Training
 
@@ -45,13 +46,15 @@ def assess(run: Training, experience: Experience) -> Assessed:
         found = appraisal.advantages
         advantages = found.new_zeros(len(valid), *found.shape[1:])
         advantages[valid] = found
-        metrics |= appraisal.metrics()
     else:
         total = experience.rewards.clone()
         total[valid] = rewards.sum(1)
         advantages = total if run.objective.traits.reads_rewards else compute_advantages(
             total, valid, experience.groups, run.advantage.kind, run.advantage.epsilon
         )
+    if not run.objective.traits.reads_rewards:
+        silent = group_sum(has_signal(advantages).long(), experience.groups) == 0
+        metrics["reward/zero_advantage_groups"] = len(experience.groups[silent].unique())
     return Assessed(replace(experience, advantages=advantages), appraisal, metrics)
 
 

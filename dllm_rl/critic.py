@@ -81,10 +81,11 @@ class Appraisal:
     engine: Engine
     """The states."""
 
-    def metrics(self) -> dict[str, float]:
-        """critic/explained_variance (where the returns vary), critic/value, critic/return."""
+    def metrics(self, returns: Tensor) -> dict[str, float]:
+        """critic/explained_variance (where the returns vary), critic/value, critic/return; `returns` is what it is to
+        learn."""
         scored = self.values.scored.any(1)
-        values, returns = self.values.logps.sum(1), self.returns
+        values = self.values.logps.sum(1)
         if returns.dim() == 1:
             values = values.mean(1)
         else:
@@ -111,7 +112,6 @@ class Critic:
     ) -> None:
         self.config, self.micro_samples = config, micro_samples
         self.model = ValueModel(policy, config.trunk)
-        self.model.head = accelerator.prepare_model(self.model.head)
         self._backward: Callable[[Tensor], None] = accelerator.backward
         self._optimizer: Optimizer | None = None
         if self.model.separate:

@@ -12,7 +12,6 @@ from torch import Tensor
 from dllm_rl.diffusion.noise import Purpose, make_key, uniform
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.models.policy import Policy
-from dllm_rl.objectives.groups import group_sum
 from dllm_rl.task import Grader, Prompt, Reward, Task
 from dllm_rl.types import Completions
 
@@ -38,12 +37,9 @@ class Experience:
     def metrics(self) -> dict[str, float]:
         """The `reward/` figures of metrics.jsonl, over the completions that could be graded."""
         kept = self.rewards[self.valid]
-        moved = (self.advantages != 0).flatten(1).any(1) if self.advantages.dim() > 1 else self.advantages != 0
-        still = group_sum(moved.double(), self.groups) == 0
         return {
             "reward/mean": float(kept.mean()) if len(kept) else float("nan"),
             "reward/std": float(kept.std(correction=0)) if len(kept) else float("nan"),
-            "reward/zero_advantage_groups": len(self.groups[still].unique()),
         }
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:

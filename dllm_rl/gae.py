@@ -24,7 +24,7 @@ def token_advantages(
     Args:
         values: [B, L], the critic's value of each token at the state in which it was written.
         steps: [B, L] int64, the step that wrote each token; -1 for tokens that are no action.
-        rewards: [B, S], the reward of each step; 0 beyond the last one of a sequence.
+        rewards: [B, S], the reward of each step; 0 where a sequence wrote nothing (such a reward would be lost).
         gamma, lam: γ and λ, per step.
 
     Returns:

@@ -88,8 +88,10 @@ def load_scored(
     prompts: dict[object, Scored] = {}
     for number, (place, row) in enumerate(load_placed_rows(source, "train", (), key="data")):
         reason, scored = _parse(row, place, number, policy, length)
-        group = row.get("group") if row.get("group") is not None else ("prompt", row.get("prompt"))
-        if scored and prompts.setdefault(group, scored).prompt != scored.prompt:
+        group = ("prompt", row.get("prompt")) if absent(row.get("group")) else row["group"]
+        if scored and not isinstance(group, str | int | tuple):
+            reason = f"`group` is {group!r}, not a text or an integer"
+        elif scored and prompts.setdefault(group, scored).prompt != scored.prompt:
             reason = f"group {group} has another prompt at {prompts[group].place}"
         if reason or scored is None:
             skipped.append(Skipped(place, reason))
@@ -126,17 +128,24 @@ def _parse(row: Row, place: str, number: int, policy: Policy, length: int) -> tu
         return f"`reward` is {row['reward']!r}, not a number", None
     if not math.isfinite(reward):
         return f"`reward` is {reward}, not a finite number", None
-    tokens = len(policy.tokenizer.encode(row["completion"]))
-    if tokens > length:
-        return f"`completion` has {tokens} tokens and task.completion_length is {length}", None
+    tokens = policy.tokenizer.encode(row["completion"])
+    if len(tokens) > length:
+        return f"`completion` has {len(tokens)} tokens and task.completion_length is {length}", None
+    if {policy.mask_id, policy.eos_id} & {*tokens}:
+        return "`completion` spells the mask token or the end of the text, which no completion contains", None
     seed = row.get("likelihood_seed")
     try:
-        seed = number if seed is None else int(seed)
+        seed = number if seed is None or absent(seed) else int(seed)
     except (TypeError, ValueError):
         return f"`likelihood_seed` is {seed!r}, not an integer", None
     if not 0 <= seed < 2**63:
         return f"`likelihood_seed` is {seed}, not an integer from 0 to 2^63 - 1", None
     return "", Scored(place, row["prompt"], row["completion"], reward, seed)
+
+
+def absent(value: object) -> bool:
+    """Whether an optional column has nothing to say; CSV files have empty texts for that."""
+    return value is None or value == ""
 
 
 def _refuse(found: Sequence[Skipped], choice: str, key: str) -> None:
@@ -205,7 +214,8 @@ def write_scored(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    table = datasets.Dataset.from_list(list(rows))
+    columns = dict.fromkeys(name for row in rows for name in row)  # those of any row, in the order of their appearance
+    table = datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".parquet":

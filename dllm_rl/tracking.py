@@ -148,7 +148,8 @@ def step_line(metrics: Mapping[str, float], steps: int) -> str:
         f"step {metrics['step']:>4}/{steps}",
         f"reward {metrics['reward/mean']:.3f}",
         *([f"unique {metrics['rollout/unique']}/{metrics['rollout/count']}"] if "rollout/unique" in metrics else []),
-        f"zero-advantage groups {metrics['reward/zero_advantage_groups']}",
+        *([f"zero-advantage groups {metrics['reward/zero_advantage_groups']}"]
+          if "reward/zero_advantage_groups" in metrics else []),
     ]
     if "loss" in metrics:
         parts += [

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from dllm_rl.accumulate import Engine
+from dllm_rl.advantages import has_signal
 from dllm_rl.critic import Appraisal
 from dllm_rl.diagnostics import cosine, diagnostics
 from dllm_rl.experience import Experience
 from dllm_rl.memory import SavedBytes
 from dllm_rl.objectives.aggregation import Totals
 from dllm_rl.objectives.base import Extras
+from dllm_rl.objectives.groups import group_sum
 from dllm_rl.objectives.log_ratio import LogRatio
 from dllm_rl.scoring import Masks, Old, Scores
 from dllm_rl.training import Training
+from dllm_rl.types import Completions
 
 
 def update(run: Training, experience: Experience, appraisal: Appraisal | None = None) -> dict[str, float]:
@@ -26,10 +29,10 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
     """
     config, objective, policy, traits = run.config, run.objective, run.policy, run.objective.traits
     advantages = objective.prepare(experience.advantages, experience.valid, experience.groups)
-    learnable = learns_from(run, advantages, experience.valid)
+    learnable = learns_from(run, advantages, experience)
     if not learnable.any():
         return {"update/sequences": 0}
-    counted = learnable if traits.selects else torch.ones_like(learnable)
+    counted = learnable if traits.reads_rewards else torch.ones_like(learnable)
     region = run.likelihood.region_of(experience.completions.ids, policy.eos_id)
     totals = Totals(sequences=int(counted.sum()), tokens=int(region[counted].sum()), canvas=region.shape[1])
     completions = experience.completions.rows(learnable)
@@ -49,6 +52,7 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
     sampled_by = policy.frozen_copy() if exact else None
 
     metrics: dict[str, float] = {}
+    judged: dict[str, float] = {}
     for inner in range(config.inner_updates):
         number = inner if resampled else 0
         before = old.get(number) if inner else None
@@ -66,46 +70,68 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
                 targets = appraisal.returns
                 if traits.needs_critic:
                     targets = objective.value_targets(targets, scores.terms - reference[number].terms, scores.region.sum(1))
+                judged = judged or appraisal.metrics(targets)
                 figures |= run.critic.learn(appraisal, targets)
         if not resampled:
             old.setdefault(0, scores)
         known = None if traits.reads_rewards else before or (None if inner else scores)
         metrics = losses | figures | diagnostics(scores, known, advantages, objective.binary_divergence)
         metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
-    return {"update/sequences": len(completions), **metrics}
+    return {"update/sequences": len(completions), **metrics, **judged}
 
 
-def learns_from(run: Training, advantages: Tensor, valid: Tensor) -> Tensor:
-    """[B] bool: the completions that an update needs. `advantages` is [B] or [B, L]."""
-    moved = (advantages != 0).flatten(1).any(1) if advantages.dim() > 1 else advantages != 0
-    if run.objective.traits.selects or not run.objective.traits.uses_reference:
-        return moved
-    return valid if run.objective.traits.reads_rewards else torch.ones_like(valid)
+def learns_from(run: Training, advantages: Tensor, experience: Experience) -> Tensor:
+    """[B] bool: the completions that an update needs. `advantages` is what the objective made of them."""
+    traits, valid = run.objective.traits, experience.valid
+    if traits.selects or not traits.uses_reference:
+        return has_signal(advantages)
+    if not traits.reads_rewards:
+        return torch.ones_like(valid)
+    # Where graders failed, groups may have become too small to say anything.
+    return valid & (group_sum(valid.long(), experience.groups) >= run.objective.least_group[0])
 
 
 def mismatched(run: Training, engine: Engine, groups: Tensor) -> Tensor | None:
-    """ℓ of every prompt with the completion of another prompt, [B] without gradient, for the objectives that read it."""
+    """ℓ of prompts with completions of other prompts, [M] without gradient, for the objectives that read it."""
     objective = run.objective
     if not (objective.traits.uses_mismatched and isinstance(objective, LogRatio) and run.reference):
         return None
-    strangers = replace(engine.completions, ids=engine.completions.ids[partners(groups)])
+    rows, others = partners(groups, prompt_numbers(engine.completions))
+    if not len(rows):
+        return torch.zeros(1, dtype=torch.float64, device=groups.device)
+    strangers = replace(engine.completions.rows(rows), ids=engine.completions.ids[others])
     paired = Engine(strangers, engine.masks, engine.micro_samples)
     policy, reference = paired.score(run.policy), paired.score(run.reference)
     return objective.sequence(policy.terms - reference.terms, policy.region.sum(1))
 
 
-def partners(groups: Tensor) -> Tensor:
-    """For each entry the next one, cyclically, that is of another group: [B] -> [B] int64.
+def prompt_numbers(completions: Completions) -> Tensor:
+    """[B] int64: equal for equal prompts."""
+    seen = torch.where(completions.prompt_mask, completions.prompt_ids, -1)
+    numbers: Tensor = seen.unique(dim=0, return_inverse=True)[1]
+    return numbers
 
-    Raises:
-        ValueError: all entries are of one group.
+
+def partners(groups: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mismatched pairs: (rows, others), each int64, such that the prompt of `rows[i]` differs from that of `others[i]`.
+
+    The n-th completion of a group meets the n-th one of the next group (cyclically) that has another prompt, so that as
+    many different completions take part as there are. Without such a group a row is left out.
+
+    Args:
+        groups: [B] int64, one number per group; a prompt may be drawn twice.
+        prompts: [B] int64, one number per prompt.
     """
-    numbers = groups.tolist()
-    if len(set(numbers)) < 2:
-        raise ValueError("a mismatched pair needs completions of two prompts in one batch")
-    count = len(numbers)
-    found = [next(j % count for j in range(i + 1, i + count) if numbers[j % count] != numbers[i]) for i in range(count)]
-    return torch.tensor(found, device=groups.device)
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(groups.tolist()):
+        members.setdefault(number, []).append(row)
+    of, order, pairs = prompts.tolist(), list(members.values()), []
+    for index, group in enumerate(order):
+        following = order[index + 1 :] + order[:index]
+        other = next((found for found in following if of[found[0]] != of[group[0]]), [])
+        pairs += [(row, other[n % len(other)]) for n, row in enumerate(group) if other]
+    found = torch.tensor(pairs, dtype=torch.int64, device=groups.device).view(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
 class _Halves:

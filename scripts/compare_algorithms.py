@@ -91,14 +91,17 @@ def sample_arms(max_samples: int) -> list[Arm]:
 
 
 def critic_arms(max_samples: int) -> list[Arm]:
-    """PPO with its critic on and off, and BGPO, each with the updates per batch of its preset."""
-    elbo = ("likelihood=elbo", f"likelihood.num_samples={max_samples}")
+    """PPO with its critic on and off on the same trajectory likelihood, TraceRL, and BGPO with as many updates per batch.
+
+    PPO's likelihood has one state per denoising step, whatever `max_samples` is; BGPO has that many masks.
+    """
     return [
         Arm("PPO, critic on the trajectory", "ppo", None, 4, ("critic.mdp=trajectory",)),
-        Arm("PPO, bandit critic", "ppo", None, 4, ("critic.mdp=bandit", *elbo)),
+        Arm("PPO, bandit critic", "ppo", None, 4, ("critic.mdp=bandit",)),
         Arm("PPO, no critic", "ppo", None, 4, ("critic.mdp=none", "advantage.kind=z_score")),
-        Arm("TraceRL", "tracerl", None, 1, ("likelihood.steps_per_slice=1",)),
+        Arm("TraceRL", "tracerl", None, 1, ("likelihood.steps_per_slice=1", "critic.steps_per_slice=1")),
         Arm("BGPO", "bgpo", max_samples, 1),
+        Arm("BGPO", "bgpo", max_samples, 4),
     ]
 
 
@@ -123,6 +126,7 @@ def run_seed(out: Path, task: tuple[str, ...], arms: list[Arm], seed: int, steps
     start = prepare_start(out, task, seed)
     for arm in (arm for arm in arms if arm.extra and not finished(arm.folder(out, seed), steps)):
         dllm("train", *task, *ALWAYS, f"algorithm={arm.preset}", *arm.extra, f"trainer.steps={steps}", f"seed={seed}",
+             f"trainer.inner_updates={arm.inner_updates}",
              f"trainer.prompts_per_step={prompts}", f"trainer.eval_every={steps}", f"model.path={start}",
              f"run_dir={arm.folder(out, seed)}")
     swept = [arm for arm in arms if not arm.extra]

@@ -37,6 +37,7 @@ class Arm:
 
 ARMS = (
     Arm("sft", "best", ()),
+    Arm("sft", "best above 0", ("objective.threshold=0",)),
     Arm("vrpo", "canonical", ()),
     Arm("kto", "canonical", ()),
     Arm("kto", "official", ("variant=official",)),
@@ -54,7 +55,8 @@ sequence."""
 def run_seed(options: argparse.Namespace, seed: int) -> None:
     """The start and the file of a seed, and every algorithm from them."""
     task = (f"task={options.task}", "task.demonstrations_from=noisy")
-    start, file = prepare_start(options.out, task, seed), options.out / f"scored-seed{seed}.jsonl"
+    start = prepare_start(options.out, task, seed)
+    file = options.out / f"scored-{options.prompts}x{options.completions}-seed{seed}.jsonl"
     if not file.exists():
         dllm("rollout", *task, f"seed={seed}", f"model.path={start}", f"output={file}", f"num_prompts={options.prompts}",
              f"group_size={options.completions}")
@@ -63,6 +65,7 @@ def run_seed(options: argparse.Namespace, seed: int) -> None:
         if not finished(folder, options.steps):
             dllm("train", *task, f"algorithm={arm.algorithm}", *arm.settings, f"data={file}", f"model.path={start}",
                  f"trainer.steps={options.steps}", f"trainer.eval_every={options.steps}", "trainer.save_every=1000",
+                 "offline.bad_rows=skip", "offline.small_groups=skip",
                  *(() if arm.algorithm == "sft" else (f"likelihood.num_samples={options.samples}",)), "resume=auto",
                  f"seed={seed}", f"run_dir={folder}")
 

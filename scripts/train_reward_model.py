@@ -30,7 +30,9 @@ from transformers import (
 from transformers.utils import logging
 
 from dllm_rl.checkpoint import resolve_model_path
-from dllm_rl.rows import load_rows
+from dllm_rl.errors import UserError
+from dllm_rl.models.reward_model import encode
+from dllm_rl.rows import load_placed_rows
 
 
 def held_out(prompt: str) -> bool:
@@ -39,10 +41,10 @@ def held_out(prompt: str) -> bool:
 
 
 def encoded(rows: list[Any], tokenizer: Any) -> datasets.Dataset:
-    """Prompt and completion as one text, the way `reward=learned` reads them."""
-    texts = [row["prompt"] + row["completion"] for row in rows]
+    """Prompts and completions the way `reward=learned` reads them, with their rewards."""
+    prompts, completions = ([row[name] for row in rows] for name in ("prompt", "completion"))
     return datasets.Dataset.from_dict({
-        **tokenizer(texts), "labels": [[float(row["reward"])] for row in rows],
+        **encode(tokenizer, prompts, completions), "labels": [[float(row["reward"])] for row in rows],
     })
 
 
@@ -69,10 +71,13 @@ def main() -> None:
     logging.set_verbosity_error()  # a new head is what is wanted, no cause for a warning
     logging.disable_progress_bar()
     set_seed(options.seed)
-    rows = load_rows(options.data, "train", ("prompt", "completion", "reward"))
+    try:
+        rows = [row for _, row in load_placed_rows(options.data, "train", ("prompt", "completion", "reward"), key="--data")]
+        path = resolve_model_path(options.model)
+    except UserError as error:
+        parser.error(str(error))
     if not all(0 <= float(row["reward"]) <= 1 for row in rows):
         parser.error(f"--data {options.data}: rewards must lie from 0 to 1")
-    path = resolve_model_path(options.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, problem_type="multi_label_classification")
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -90,7 +90,7 @@ def test_a_fresh_critic_knows_nothing() -> None:
     appraisal = critic.appraise(completions, at_the_end(final, critic.decisions(completions)), seed=0)
     assert not appraisal.values.logps.any()
     assert torch.allclose(appraisal.advantages, final.unsqueeze(1).expand(6, 8))
-    assert appraisal.metrics()["critic/explained_variance"] == 0.0
+    assert appraisal.metrics(appraisal.returns)["critic/explained_variance"] == 0.0
 
 
 def test_the_final_reward_is_put_on_the_last_decision() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dllm_rl.objectives.vrpo import VRPO
 from dllm_rl.offline import FileSource, OfflineConfig, Scored, check_output, load_scored, write_scored
 from dllm_rl.scoring import Masks
 from dllm_rl.trainer import train
+from dllm_rl.update import update
 from tests.test_trainer import count_passes, tiny, training
 
 LIKELIHOOD = StratifiedCounts(num_samples=2)
@@ -57,6 +59,9 @@ BAD = [
     ({**GOOD, "prompt": ""}, "`prompt` is empty"),
     ({**GOOD, "completion": "abcde"}, "`completion` has 5 tokens and task.completion_length is 4"),
     ({**GOOD, "prompt": "another"}, "group 0 has another prompt at"),
+    ({**GOOD, "group": [1]}, "`group` is [1], not a text or an integer"),
+    ({**GOOD, "completion": "a[MASK]"}, "`completion` spells the mask token or the end of the text"),
+    ({**GOOD, "completion": "a[EOS]b"}, "`completion` spells the mask token or the end of the text"),
     ({**GOOD, "likelihood_seed": "x"}, "`likelihood_seed` is 'x', not an integer"),
     ({**GOOD, "likelihood_seed": -1}, "`likelihood_seed` is -1"),
 ]
@@ -102,6 +107,20 @@ def test_rows_without_groups_are_grouped_by_prompt(tmp_path: Path, policy: Polic
     groups, _ = load(write(tmp_path / "scored.jsonl", rows), policy)
     assert [[row.prompt for row in group] for group in groups] == [["x", "x"], ["y"]]
     assert [row.seed for group in groups for row in group] == [0, 2, 1]
+
+
+def test_empty_cells_of_a_csv_file_are_absent(tmp_path: Path, policy: Policy) -> None:
+    (tmp_path / "scored.csv").write_text("prompt,completion,reward,group,likelihood_seed\nx,a,1,,\ny,b,0,,\nx,c,0.5,,7\n")
+    groups, _ = load(str(tmp_path / "scored.csv"), policy)
+    assert [[(row.completion, row.reward, row.seed) for row in group] for group in groups] == [
+        [("a", 1.0, 0), ("c", 0.5, 7)], [("b", 0.0, 1)],
+    ]
+
+
+def test_columns_that_some_rows_lack_are_kept(tmp_path: Path) -> None:
+    write_scored([{"prompt": "x"}, {"prompt": "y", "group": "a"}], tmp_path / "scored.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": "x", "group": None}, {"prompt": "y", "group": "a"}]
 
 
 def test_standardised_rewards_by_hand(tmp_path: Path, policy: Policy) -> None:
@@ -197,6 +216,17 @@ def preference(policy: Policy, completions: Any, rewards: torch.Tensor) -> float
     """Mean ELBO of the good completions minus that of the bad ones."""
     elbo = Engine(completions, Masks(LIKELIHOOD, 1, 1), 64).score(policy).terms.mean(1)
     return float(elbo[rewards == 1].mean() - elbo[rewards == 0].mean())
+
+
+def test_a_group_that_failing_graders_left_alone_teaches_nothing(tmp_path: Path) -> None:
+    run = training(tmp_path, 1)
+    run.source = FileSource(make_groups(2), run.policy, 4, groups_per_step=2, masks="fresh", seed=0)
+    run.objective, run.reference = RPO(), run.policy.frozen_copy()
+    experience = run.source.experience(1)
+    small = experience.groups == int((experience.groups.bincount() == 2).nonzero())
+    valid = ~(small & (torch.arange(len(small)) == int(small.nonzero()[0])))
+    metrics = update(run, replace(experience, valid=valid, advantages=experience.rewards))
+    assert metrics["update/sequences"] == len(small) - 2, "the other one of its group says nothing alone"
 
 
 def test_completions_that_are_not_chosen_cost_no_pass(tmp_path: Path) -> None:

@@ -244,12 +244,14 @@ def test_kto_gives_the_advice_of_its_paper() -> None:
     assert "one side" in (KTO().advice(rewards[:2]) or "")
 
 
-def test_partners_are_of_another_group() -> None:
-    groups = torch.tensor([0, 0, 0, 1, 2, 2])
-    found = partners(groups)
-    assert found.tolist() == [3, 3, 3, 4, 0, 0]
-    with pytest.raises(ValueError, match="two prompts"):
-        partners(torch.zeros(4).long())
+def test_partners_have_another_prompt_and_spread_over_its_completions() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1, 2])
+    rows, others = partners(groups, groups)
+    assert list(zip(rows.tolist(), others.tolist(), strict=True)) == [(0, 3), (1, 4), (2, 3), (3, 5), (4, 5), (5, 0)]
+    # A prompt that was drawn twice is no stranger to itself.
+    rows, others = partners(groups, torch.tensor([7, 7, 7, 7, 7, 8]))
+    assert set(zip(rows.tolist(), others.tolist(), strict=True)) == {(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 0)}
+    assert not len(partners(groups, torch.zeros(6))[0])
 
 
 # --- VRPO and SFT

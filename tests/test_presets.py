@@ -83,7 +83,7 @@ def test_official_variants_train_and_differ(start: Path, scored: Path, tmp_path:
     ["algorithm=bgpo", "critic.mdp=bandit", "likelihood.num_samples=2", "kl_reward.coef=0.1", "kl_reward.target=1.0"],
     ["algorithm=drpo", "critic.mdp=trajectory", "likelihood=elbo", "likelihood.num_samples=2"],
     ["algorithm=reinforce", "kl_reward.coef=0.1", "likelihood.num_samples=2"],
-    ["algorithm=rpo", "likelihood.num_samples=2"],  # the offline objectives take rollouts too
+    ["algorithm=rpo", "likelihood.num_samples=2", "offline.rewards=raw"],  # the offline objectives take rollouts too
 ])
 def test_critics_and_penalties_combine_with_other_parts(start: Path, tmp_path: Path, settings: list[str]) -> None:
     good(tmp_path, "train", f"model.path={start}", *QUICK, *settings, "run_dir=run")
@@ -164,14 +164,21 @@ def test_diagnostics_are_logged(start: Path, tmp_path: Path) -> None:
     (["algorithm=dro", "critic.whiten=true"], ["critic.whiten=True", "r - V"]),
     (["algorithm=rpo", "critic.mdp=bandit"], ["critic.mdp=bandit", "none with objective=rpo"]),
     (["algorithm=kto", "kl_reward.coef=0.1"], ["kl_reward.coef=0.1", "0 with objective=kto"]),
+    (["algorithm=wd1", "trainer.group_size=1"], ["trainer.group_size=1", "compared within a group"]),
     (["algorithm=kto", "trainer.prompts_per_step=1"], ["trainer.prompts_per_step=1", "two prompts"]),
-    (["trainer.group_size=1"], ["trainer.group_size=1", ">= 2 where rewards are compared"]),
-    (["algorithm=rpo", "trainer.group_size=1"], ["trainer.group_size=1", "whatever its reward"]),
+    (["trainer.group_size=1"], ["trainer.group_size=1", ">= 2 with objective=bgpo: rewards are compared"]),
+    (["algorithm=rpo", "offline.rewards=raw", "trainer.group_size=1"], ["trainer.group_size=1", "whatever its reward"]),
     (["data=nowhere.jsonl"], ["data=nowhere.jsonl", "null with objective=bgpo", "rpo, dro, kto"]),
     (["algorithm=rpo", "data=nowhere.jsonl"], ["data=nowhere.jsonl", "cannot be read"]),
     (["algorithm=sft", "data=nowhere.jsonl", "likelihood=trajectory"], ["likelihood=trajectory", "in which order"]),
     (["algorithm=dro", "data=no.jsonl", "critic.mdp=trajectory"], ["critic.mdp=trajectory", "bandit with objective=dro"]),
     (["algorithm=reinforce", "data=no.jsonl", "critic.mdp=trajectory"], ["critic.mdp=trajectory", "in which order"]),
+    (["algorithm=kto"], ["offline.rewards=standardised", "raw without data=FILE"]),
+    (["algorithm=kto", "data=no.jsonl", "reward=learned"], ["reward=learned", "rollout data=FILE"]),
+    (["algorithm=kto", "offline.rewards=raw", "likelihood=trajectory"], ["likelihood=trajectory", "no trajectory"]),
+    (["algorithm=ppo", "likelihood.steps_per_slice=8"], ["critic.steps_per_slice=1", "likelihood.steps_per_slice=8"]),
+    (["algorithm=ppo", "likelihood.length_norm=canvas"], ["likelihood.length_norm=canvas", "kl_reward"]),
+    (["algorithm=sft", "likelihood.length_norm=canvas"], ["likelihood.length_norm=canvas", "objective.aggregation"]),
     (["reward=learned"], ["reward.path=None", "sequence-classification model"]),
     (["reward=learned", "reward.path=./nowhere"], ["reward.path=./nowhere", "no such folder"]),
     (["reward=learned", "reward.activation=tanh"], ["reward.activation=tanh", "sigmoid"]),

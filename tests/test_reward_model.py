@@ -13,6 +13,7 @@ from dllm_rl.errors import UserError
 from dllm_rl.models.reward_model import LearnedReward, ModelGrader
 from dllm_rl.models.tiny import build_tokenizer
 from dllm_rl.task import Prompt, TaskReward
+from tests.conftest import make_policy
 from tests.test_cli import dllm, good
 from tests.test_presets import QUICK, SMALL
 from tests.test_scripts import run
@@ -96,6 +97,24 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         grader(tmp_path)
 
 
+def test_a_policy_is_no_reward_model(tmp_path: Path) -> None:
+    make_policy().save(tmp_path)
+    with pytest.raises(UserError, match=r"reward\.path=.*: has no weights for score\.weight; must be"):
+        grader(tmp_path)
+
+
+def test_failures_of_graders_are_told_apart(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = LearnedReward(path=str(path)).grader(Letters(infra_every=2), torch.device("cpu"))
+    assert isinstance(found, ModelGrader)
+    prompts = [Prompt(str(number), "q") for number in range(3)]
+    first, second, third = found.score_batch(prompts, ["ab", "cd", "ef"])
+    assert (first.verdict, second.verdict) == ("wrong", "wrong") and "task" not in first.parts and "task" in second.parts
+    monkeypatch.setattr(found, "values", lambda *_: [float("nan"), 1.0, float("inf")])
+    verdicts = [reward.verdict for reward in found.score_batch(prompts, ["ab", "cd", "ef"])]
+    assert verdicts == ["infra_error", "wrong", "infra_error"]
+    assert third.verdict == "wrong"
+
+
 # --- as a user does it
 
 @pytest.fixture(scope="module")
@@ -121,6 +140,7 @@ def test_a_file_is_scored_again(path: Path, start: Path, tmp_path: Path) -> None
     for before, after in zip(first, again, strict=True):
         expected = by_hand(path, str(before["prompt"]), str(before["completion"]))[0].item()
         assert after["reward"] == pytest.approx(expected, abs=1e-5) and after["previous_reward"] == before["reward"]
+        assert after["group"] == str(before["group"]) and after["likelihood_seed"] == before["likelihood_seed"]
     good(tmp_path, *sample, "reward=learned", f"reward.path={path}", "output=learned.jsonl")
     assert [row["reward"] for row in rows(tmp_path / "learned.jsonl")] == pytest.approx([row["reward"] for row in again])
 

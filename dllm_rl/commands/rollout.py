@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from dllm_rl.commands import common
-from dllm_rl.errors import bad_value, check
+from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.experience import collect
 from dllm_rl.models.reward_model import LearnedReward, ModelGrader
-from dllm_rl.offline import check_output, write_scored
+from dllm_rl.offline import absent, check_output, write_scored
 from dllm_rl.rows import load_placed_rows
 
 PROMPTS_AT_ONCE = 32
@@ -30,6 +30,8 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     path = Path(settings["output"])
     check_output(path, settings["overwrite"])
     rows = sampled(settings) if settings["data"] is None else rescored(settings)
+    if not rows:
+        raise UserError(f"output={path}: is not written, because no completion could be graded")
     write_scored(rows, path)
     mean = sum(row["reward"] for row in rows) / len(rows)
     print(f"{len(rows)} completions of {len({row['group'] for row in rows})} prompts, mean reward {mean:.3f}: {path}")
@@ -75,10 +77,9 @@ def rescored(settings: common.Settings) -> list[dict[str, Any]]:
     grader = reward.grader(settings["task"], common.accelerator_for_one_process().device)
     assert isinstance(grader, ModelGrader)
     values = grader.values([str(row["prompt"]) for _, row in placed], [str(row["completion"]) for _, row in placed])
-    numbers: dict[str, int] = {}
     return [
-        {**row, "group": row.get("group", numbers.setdefault(str(row["prompt"]), len(numbers))), "reward": value,
-         **({"previous_reward": row["reward"]} if "reward" in row else {})}
+        {**row, "group": row["prompt"] if absent(row.get("group")) else str(row["group"]), "reward": value,
+         "previous_reward": row.get("reward")}
         for (_, row), value in zip(placed, values, strict=True)
     ]
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib import resources
 from itertools import chain
 
@@ -21,8 +22,10 @@ from dllm_rl.diffusion.estimators import Trajectory
 from dllm_rl.errors import bad_value, check
 from dllm_rl.experience import RolloutSource, Source
 from dllm_rl.kl_reward import KLReward
-from dllm_rl.offline import FileSource, Skipped, load_scored
+from dllm_rl.objectives.base import check_unnormalised
+from dllm_rl.offline import FileSource, OfflineConfig, Skipped, load_scored
 from dllm_rl.optimization import Optimizer
+from dllm_rl.task import TaskReward
 from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
 from dllm_rl.training import Training
@@ -81,7 +84,9 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
             policy, task, grader, settings["sampler"], trainer.prompts_per_step, trainer.group_size, settings["seed"]
         ), []
     length, offline = task.completion_length, settings["offline"]
-    groups, skipped = load_scored(str(settings["data"]), offline, policy, length, objective.least_group)
+    groups, skipped = load_scored(str(settings["data"]), offline, policy, length, least_group(settings))
+    if objective.traits.uses_mismatched and len({group[0].prompt for group in groups}) < 2:
+        raise bad_value("data", settings["data"], "a file with at least two prompts: mismatched pairs need them")
     rows = sum(map(len, groups))
     passes = trainer.steps * trainer.prompts_per_step / len(groups)
     print(f"data: {rows} completions of {len(groups)} prompts, {passes:.1f} passes over them"
@@ -133,30 +138,50 @@ def check_parts(settings: common.Settings, name: str) -> None:
         fits = mdp == "bandit" or objective.traits.token_level
         check(fits, "critic.mdp", mdp, f"bandit or none with objective={name}: its loss has one advantage per sequence")
         check(not (needed and critic.whiten), "critic.whiten", critic.whiten, f"false with objective={name}: it needs r - V")
-    own = settings["kl_reward"].coef == 0 or not objective.traits.reads_rewards
-    check(own, "kl_reward.coef", settings["kl_reward"].coef, f"0 with objective={name}: its loss has the reference already")
+    penalty = settings["kl_reward"].coef
+    own = penalty == 0 or not objective.traits.reads_rewards
+    check(own, "kl_reward.coef", penalty, f"0 with objective={name}: it does not work on advantages")
+    if penalty:
+        check_unnormalised(likelihood, "kl_reward is in nats per completion")
+    if isinstance(likelihood, Trajectory):
+        same = mdp != "trajectory" or critic.steps_per_slice == likelihood.steps_per_slice
+        valid = f"likelihood.steps_per_slice={likelihood.steps_per_slice}: policy and critic see the same states"
+        check(same, "critic.steps_per_slice", critic.steps_per_slice, valid)
     if objective.traits.uses_mismatched:
         valid = f"an integer >= 2 with objective={name}: mismatched pairs need two prompts"
         check(trainer.prompts_per_step >= 2, "trainer.prompts_per_step", trainer.prompts_per_step, valid)
+        valid = f"another one with objective={name}: mismatched pairs have no trajectory"
+        check(not isinstance(likelihood, Trajectory), "likelihood", "trajectory", valid)
     if settings["data"] is None:
-        _check_group_size(settings, name)
+        _check_without_data(settings, name)
     else:
         _check_for_data(settings, name)
 
 
-def _check_group_size(settings: common.Settings, name: str) -> None:
-    size: int = settings["trainer"].group_size
-    least, why = settings["objective"].least_group
+def least_group(settings: common.Settings) -> tuple[int, str]:
+    """The fewest completions per prompt that make sense, and why."""
+    objective, alone = settings["objective"], settings["critic"].mdp == "none"
+    if alone and not objective.traits.reads_rewards and settings["advantage"].kind != "z_score":
+        return 2, "rewards are compared within a group"
+    found: tuple[int, str] = objective.least_group
+    return found
+
+
+def _check_without_data(settings: common.Settings, name: str) -> None:
+    size, (least, why) = settings["trainer"].group_size, least_group(settings)
     check(size >= least, "trainer.group_size", size, f"an integer >= {least} with objective={name}: {why}")
-    compared = settings["critic"].mdp == "none" and not settings["objective"].traits.reads_rewards
-    grouped = compared and settings["advantage"].kind != "z_score"
-    check(size >= 2 or not grouped, "trainer.group_size", size, "an integer >= 2 where rewards are compared within a group")
+    plain = OfflineConfig()
+    for field in fields(plain):
+        value, default = getattr(settings["offline"], field.name), getattr(plain, field.name)
+        check(value == default, f"offline.{field.name}", value, f"{default} without data=FILE: it is about files")
 
 
 def _check_for_data(settings: common.Settings, name: str) -> None:
     valid = (f"null with objective={name}: it forms ratios to the policy that sampled, which a file does not have; "
              "rpo, dro, kto, vrpo and sft learn from files")
     check(not settings["objective"].traits.uses_old, "data", settings["data"], valid)
+    valid = "task with data, which has its own rewards; dllm-rl rollout data=FILE reward=learned scores a file"
+    check(isinstance(settings["reward"], TaskReward), "reward", "learned", valid)
     trajectory = "the file does not say in which order tokens were written"
     valid = f"an estimator of the completion alone with data={settings['data']}: {trajectory}"
     check(not isinstance(settings["likelihood"], Trajectory), "likelihood", "trajectory", valid)

@@ -6,8 +6,9 @@ prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,15 @@ class LearnedReward:
             raise UserError(f"reward.path={path}: no such folder; must be {valid}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            network = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+            network, found = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"reward.path={path}: cannot be loaded, must be {valid} ({reason})") from None
+        if found["missing_keys"]:  # transformers would fill them with random numbers
+            missing = ", ".join(sorted(found["missing_keys"]))
+            raise UserError(f"reward.path={path}: has no weights for {missing}; must be {valid}")
         outputs = int(network.config.num_labels)
         check(self.label < outputs, "reward.label", self.label, f"an integer from 0 to {outputs - 1}, the outputs of {path}")
         return ModelGrader(self, task, network.to(device).eval(), tokenizer)
@@ -73,13 +79,11 @@ class ModelGrader:
         self._config, self._task, self._network, self._tokenizer = config, task, network, tokenizer
 
     def score_batch(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
-        """The model's value for each completion, with the task's verdict and parts."""
+        """The model's value for each completion, with the task's verdict and parts. A value that is not finite is a failure
+        of the grader; a failure of the task's grader is none, and leaves out the part `task`."""
         graded = self._task.score_batch(prompts, completions)
         values = self.values([prompt.text for prompt in prompts], completions)
-        return [
-            replace(reward, value=value, parts={**reward.parts, "task": reward.value})
-            for reward, value in zip(graded, values, strict=True)
-        ]
+        return [_combined(reward, value) for reward, value in zip(graded, values, strict=True)]
 
     @torch.no_grad()
     def values(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -94,15 +98,28 @@ class ModelGrader:
     def _encode(self, prompts: Sequence[str], completions: Sequence[str]) -> Any:
         options = {"padding": True, "truncation": self._config.max_length is not None, "max_length": self._config.max_length,
                    "return_tensors": "pt"}
-        if self._tokenizer.chat_template is None:
-            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-            return self._tokenizer(texts, **options)
-        chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-                 for prompt, completion in zip(prompts, completions, strict=True)]
-        return self._tokenizer.apply_chat_template(chats, return_dict=True, **options)
+        return encode(self._tokenizer, prompts, completions, **options)
 
     def _value(self, logits: torch.Tensor) -> torch.Tensor:
         if self._config.activation == "softmax":
             return logits.softmax(-1)[:, self._config.label]
         value = logits[:, self._config.label]
         return value.sigmoid() if self._config.activation == "sigmoid" else value
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], **options: Any) -> Any:
+    """What a reward model reads of pairs of texts; `options` go to the tokenizer."""
+    pairs = list(zip(prompts, completions, strict=True))
+    if tokenizer.chat_template is None:
+        return tokenizer([prompt + completion for prompt, completion in pairs], **options)
+    chats = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+             for prompt, completion in pairs]
+    return tokenizer.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
+
+
+def _combined(by_task: Reward, value: float) -> Reward:
+    if not math.isfinite(value):
+        return Reward(0.0, "infra_error")
+    if by_task.verdict == "infra_error":
+        return Reward(value, "wrong", by_task.parts)  # the task cannot tell, but the model has graded it
+    return Reward(value, by_task.verdict, {**by_task.parts, "task": by_task.value})

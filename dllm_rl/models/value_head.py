@@ -38,7 +38,8 @@ class ValueModel:
         self.trunk = copy.deepcopy(policy) if self.separate else policy
         vocabulary = self.trunk.network.get_output_embeddings()
         first = next(policy.network.parameters())
-        self.head = nn.Linear(vocabulary.weight.shape[1], 1).to(first)
+        precision = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.head = nn.Linear(vocabulary.weight.shape[1], 1, device=first.device, dtype=precision)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         if self.separate:
@@ -46,11 +47,14 @@ class ValueModel:
                 parameter.grad = None
             # The copy never predicts a token: its vocabulary head keeps no rows. (A tied embedding keeps its own tensor.)
             vocabulary.weight = nn.Parameter(vocabulary.weight.detach()[:0].clone(), requires_grad=False)
+            vocabulary.bias = None
 
     def values(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """[K] values, float32 or wider, at the K True entries of `positions` [B, L]; see `Policy.logits`."""
-        values = self.head(self.trunk.hidden(prompts, canvas, positions).to(self.head.weight.dtype)).squeeze(-1)
-        return values if values.dtype == torch.float64 else values.float()
+        hidden = self.trunk.hidden(prompts, canvas, positions)
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision would round values near 1 to 1/256
+            values: Tensor = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return values
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The critic's own parameters: the head, and a separate trunk."""

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.errors import check
-from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, weighted_logp_loss
+from dllm_rl.objectives.base import LossInputs, LossOutput, Objective, Traits, check_unnormalised, weighted_logp_loss
+from dllm_rl.objectives.groups import first_best
 
 SELECTIONS = ("all", "best")
 
@@ -37,16 +39,14 @@ class SFT(Objective):
     def traits(self) -> Traits:
         return Traits(separable=True, uses_old=False, reads_rewards=True, selects=True)
 
+    def check_likelihood(self, likelihood: Likelihood) -> None:
+        check_unnormalised(likelihood, "objective.aggregation says how lengths count")
+
     def prepare(self, advantages: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
         """Rewards -> 1 for the chosen completions, 0 for the rest; [B] -> [B]."""
         taken = valid if self.threshold is None else valid & (advantages > self.threshold)
         if self.select == "best":
-            best = torch.zeros_like(taken)
-            for group in groups.unique():
-                members = ((groups == group) & taken).nonzero().squeeze(1)
-                if len(members):
-                    best[members[advantages[members].argmax()]] = True
-            taken = best
+            taken = first_best(advantages.where(taken, -torch.inf), groups)
         return taken.to(advantages.dtype)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
