@@ -90,6 +90,7 @@ def main() -> None:
             scratch, num_train_epochs=options.epochs, per_device_train_batch_size=options.batch_size,
             per_device_eval_batch_size=256, learning_rate=options.lr, lr_scheduler_type="cosine", warmup_steps=20,
             logging_steps=20, save_strategy="no", report_to="none", disable_tqdm=True, seed=options.seed,
+            dataloader_pin_memory=False,
         )
         trainer = Trainer(
             model, arguments, train_dataset=encoded(kept, tokenizer), eval_dataset=encoded(tested, tokenizer),
