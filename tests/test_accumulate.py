@@ -95,6 +95,16 @@ def gradient(policy: Policy) -> Tensor:
     return flat
 
 
+def take_small_step(policy: Policy) -> None:
+    """Moves the parameters by 1e-3 against their gradient's direction, and clears it."""
+    step = gradient(policy)
+    size, offset = 1e-3 / step.norm(), 0
+    with torch.no_grad():
+        for parameter in policy.network.parameters():
+            parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+
+
 def totals_of(completions: Completions, likelihood: Likelihood, eos_id: int) -> Totals:
     region = likelihood.region_of(completions.ids, eos_id)
     return Totals(len(region), int(region.sum()), region.shape[1])
@@ -134,7 +144,7 @@ class Setting:
         return scores, metrics, gradient(self.policy)
 
 
-def check_drivers(setting: Setting, objective: Objective, on_policy: bool, tolerance: float) -> None:
+def assert_drivers_agree(setting: Setting, objective: Objective, on_policy: bool, tolerance: float) -> None:
     retained = setting.run(objective, "retained", micro=24, on_policy=on_policy)
     norm = retained[2].norm()
     assert norm > 0
@@ -153,18 +163,18 @@ def check_drivers(setting: Setting, objective: Objective, on_policy: bool, toler
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_three_drivers_give_one_gradient(name: str, on_policy: bool) -> None:
-    check_drivers(Setting(), OBJECTIVES[name](), on_policy, 1e-10)
+    assert_drivers_agree(Setting(), OBJECTIVES[name](), on_policy, 1e-10)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("name", ["bgpo", "elbo_ratio", "ppo_token", "spg_mix", "dppo_topk_tv"])
 def test_three_drivers_agree_for_every_likelihood(name: str, likelihood: str) -> None:
-    check_drivers(Setting(LIKELIHOODS[likelihood]), OBJECTIVES[name](), False, 1e-10)
+    assert_drivers_agree(Setting(LIKELIHOODS[likelihood]), OBJECTIVES[name](), False, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["bgpo", "elbo_ratio", "ppo_sequence", "spg_mix", "drpo"])
 def test_drivers_agree_in_float32(name: str) -> None:
-    check_drivers(Setting(dtype=torch.float32), OBJECTIVES[name](), False, 2e-5)
+    assert_drivers_agree(Setting(dtype=torch.float32), OBJECTIVES[name](), False, 2e-5)
 
 
 def test_one_sample_needs_one_pass() -> None:
@@ -419,12 +429,7 @@ def test_one_step_moves_the_elbo_with_the_sign_of_the_advantage(name: str, advan
         policy, objective, torch.tensor([advantage], dtype=torch.float64), totals_of(completion, likelihood, policy.eos_id),
         reference=engine.score(policy) if objective.traits.uses_reference else None,
     )
-    step = gradient(policy)
-    size, offset = 1e-3 / step.norm(), 0
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+    take_small_step(policy)
     assert (measure.score(policy).terms.mean().item() - before) * advantage > 0
 
 
@@ -452,10 +457,5 @@ def step_on_a_pair(objective: Objective, advantages: Tensor) -> Tensor:
         policy, objective, advantages, Totals(2, 16, 8), reference=engine.score(policy),
         extras=Extras(torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)),
     )
-    step = gradient(policy)
-    size, offset = 1e-3 / step.norm(), 0
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter -= size * step[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
+    take_small_step(policy)
     return measure.score(policy).terms.mean(1) - before

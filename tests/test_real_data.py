@@ -42,7 +42,7 @@ def one_update(folder: Path, task: str, rows: list[dict[str, Any]], *settings: s
     return metrics
 
 
-def check_update(metrics: dict[str, Any]) -> None:
+def assert_update_is_sound(metrics: dict[str, Any]) -> None:
     assert metrics["update/sequences"] > 0, "no group had both right and wrong completions"
     assert metrics["delta/max_abs"] == 0.0
     assert 0 < metrics["grad/norm"] < math.inf
@@ -51,10 +51,10 @@ def check_update(metrics: dict[str, Any]) -> None:
 
 def test_one_update_on_gsm8k(tmp_path: Path) -> None:
     rows = shortest(real_rows("gsm8k/train.jsonl"), lambda row: len(row["answer"]))
-    check_update(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=80))
+    assert_update_is_sound(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=80))
 
 
 def test_one_update_on_mbpp(tmp_path: Path) -> None:
     train = [row for row in real_rows("mbpp/mbpp.jsonl") if 601 <= row["task_id"] <= 974]
     rows = shortest(train, lambda row: len(row["code"]))
-    check_update(one_update(tmp_path, "mbpp", rows, "task.completion_length=96", sft_steps=150))
+    assert_update_is_sound(one_update(tmp_path, "mbpp", rows, "task.completion_length=96", sft_steps=150))
