@@ -100,6 +100,8 @@ class Assertion:
     """
 
     code: str
+    setup: str = ""
+    """Trusted code that comes first; its names hide those of the program."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _batch(programs: Sequence[Program], limits: Limits) -> bytes:
 
 def _job(test: Call | Assertion) -> dict[str, Any]:
     if isinstance(test, Assertion):
-        return {"assertion": test.code}
+        return {"assertion": test.code, "setup": test.setup}
     return {"expression": test.expression, "arguments": dict(test.arguments)}
 
 

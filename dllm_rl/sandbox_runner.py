@@ -289,7 +289,9 @@ def _assert(test: dict[str, Any], namespace: dict[str, Any]) -> bool:
             return [node, ast.Expr(ast.Call(ast.Name(name, ast.Load()), [ast.Constant(None)], []))]
 
     tree = ast.fix_missing_locations(CountAssertions().visit(ast.parse(test["assertion"])))
-    exec(compile(tree, "<test>", "exec", dont_inherit=True), {**namespace, name: reached.append})
+    names = {**namespace, name: reached.append}
+    exec(compile(test["setup"], "<setup>", "exec", dont_inherit=True), names)
+    exec(compile(tree, "<test>", "exec", dont_inherit=True), names)
     if not reached:
         raise ValueError("no assertion was executed")
     return True

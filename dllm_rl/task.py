@@ -6,12 +6,14 @@ drift apart. A task is a plain dataclass: its fields are its configuration (`tas
 
 from __future__ import annotations
 
+import string
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, check
 
 Split = Literal["train", "test"]
 Verdict = Literal["correct", "wrong", "no_answer", "timeout", "infra_error"]
@@ -27,9 +29,13 @@ class Prompt:
     id: str
     """Unique within the task; written to rollouts.jsonl."""
     text: str
-    """What the model reads."""
+    """What the model reads: the user's turn where the tokenizer has a chat template, else the whole prompt."""
     data: Mapping[str, Any] = field(default_factory=dict)
     """What the grader needs; the model never sees it."""
+    shots: tuple[tuple[str, str], ...] = ()
+    """Solved examples that come first, each (question, answer): turns of their own in a chat."""
+    prefill: str = ""
+    """How the answer begins, given to the model; a completion is what follows it."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,14 @@ class TaskReward:
         return task
 
 
+def normalised(text: str) -> str:
+    """The text in lower case, without punctuation at its ends, runs of white space or compatibility forms.
+
+    Example: `normalised(" How  many?\\n")` is `how many`.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(string.punctuation + " ")
+
+
 class Demonstration(NamedTuple):
     """A prompt and a completion to imitate, for supervised fine-tuning."""
 
@@ -78,6 +92,14 @@ class Task(ABC):
     """L: tokens on the canvas that the sampler fills."""
     words: ClassVar[tuple[str, ...]] = ()
     """Strings that deserve one token each in the tokenizer of the tiny model (everything else is spelled out)."""
+    protocols: ClassVar[tuple[str, ...]] = ("plain",)
+    """The ways in which this task can word its prompts, named after their sources."""
+    protocol: str = "plain"
+    """One of `protocols`; training and evaluation use the same one, and both say which."""
+
+    def check_protocol(self) -> None:
+        """Raises `UserError` unless `protocol` is one of `protocols`; for `__post_init__`."""
+        check(self.protocol in self.protocols, "task.protocol", self.protocol, " or ".join(self.protocols))
 
     @abstractmethod
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -90,6 +112,10 @@ class Task(ABC):
     def score_batch(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[Reward]:
         """Grades many completions; tasks whose grader starts processes override this one."""
         return [self.score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def fingerprint(self, prompt: Prompt) -> str:
+        """What makes two prompts the same question, whatever their split; the guard against leaks compares it."""
+        return normalised(prompt.text)
 
     def demonstrations(self, count: int, seed: int) -> list[Demonstration]:
         """`count` demonstrations for supervised fine-tuning, a pure function of (count, seed) and the configuration.
