@@ -5,6 +5,13 @@ Values live in the dataclasses only; the YAML files in conf/ choose among them.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+
 from hydra.core.config_store import ConfigStore
 
 from dllm_rl.advantages import AdvantageConfig
@@ -21,8 +28,10 @@ from dllm_rl.diffusion.estimators import (
     Trajectory,
 )
 from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.errors import UserError, check
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.kl_reward import KLRewardConfig
+from dllm_rl.models.composed_reward import ComposedReward
 from dllm_rl.models.reward_model import LearnedReward
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
@@ -95,7 +104,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "vrpo": VRPO,
         "sft": SFT,
     },
-    "reward": {"task": TaskReward, "learned": LearnedReward},
+    "reward": {"task": TaskReward, "learned": LearnedReward, "composed": ComposedReward},
 }
 SECTIONS: dict[str, dict[str, type]] = {
     "train": {
@@ -111,6 +120,39 @@ SECTIONS: dict[str, dict[str, type]] = {
     "evaluate": {"evaluation": EvaluationConfig},
 }
 """Sections of each command's configuration that are no choice among several."""
+
+
+def add(group: str, name: str, node: type) -> None:
+    """Adds a choice of your own, such as a task: `add("task", "fruit", Fruit)` in a module that `plugins=` names.
+
+    Raises:
+        UserError: there is no such group, or `node` is no dataclass.
+    """
+    check(group in GROUPS, "plugins", group, "a group among " + ", ".join(GROUPS))
+    check(is_dataclass(node), "plugins", node, "a dataclass, whose fields are the settings")
+    ConfigStore.instance().store(group=group, name=name, node=node)
+
+
+def load_plugins(names: Sequence[str]) -> None:
+    """Imports modules, given by import path (the working directory counts) or as a `.py` file.
+
+    Raises:
+        UserError: there is no such module or file.
+    """
+    for name in names:
+        try:
+            if name.endswith(".py"):
+                path = Path(name).expanduser()
+                spec = importlib.util.spec_from_file_location(path.stem, path)
+                assert spec and spec.loader
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[path.stem] = module  # dataclasses look their module up
+                spec.loader.exec_module(module)
+            else:
+                sys.path.insert(0, str(Path.cwd()))
+                importlib.import_module(name)
+        except (ModuleNotFoundError, FileNotFoundError) as error:
+            raise UserError(f"plugins={name}: must be a module that can be imported, or a .py file ({error})") from None
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ from dllm_rl.diffusion.likelihood import elbo_terms, token_logps
 from dllm_rl.errors import check
 from dllm_rl.models.policy import Policy
 from dllm_rl.optimization import Optimizer
-from dllm_rl.task import Task
+from dllm_rl.task import Demonstration, Task, normalised
 from dllm_rl.tracking import Reporter, RunFolder
 from dllm_rl.types import Completions
 
@@ -52,6 +52,8 @@ class FineTuning:
     folder: RunFolder
     seed: int
     done: int = 0
+    leaked: frozenset[str] = frozenset()
+    """Normalised prompts that are left out, because they are test prompts."""
 
 
 def finetune(run: FineTuning) -> None:
@@ -75,10 +77,21 @@ def demonstration_batch(run: FineTuning, step: int) -> Completions:
     """The demonstrations of a step: fresh ones every step, a pure function of (seed, step)."""
     size, length = run.config.batch_size, run.task.completion_length
     # Seeds of different runs and steps must not meet: a run has fewer than 2^32 steps.
-    demonstrations = run.task.demonstrations(size, seed=(run.seed << 32) + step)
+    demonstrations = allowed_demonstrations(run.task, size, (run.seed << 32) + step, run.leaked)
     prompts = run.policy.encode_prompts([item.prompt for item in demonstrations], torch.arange(size))
     ids = run.policy.encode_completions([item.completion for item in demonstrations], length)
     return Completions(prompts.ids, prompts.mask, prompts.sample_ids, ids, torch.zeros_like(ids))
+
+
+def allowed_demonstrations(task: Task, count: int, seed: int, leaked: frozenset[str]) -> list[Demonstration]:
+    """`count` demonstrations whose prompts are not in `leaked`; twice as many are drawn until enough are left."""
+    drawn, kept = count, task.demonstrations(count, seed)
+    while leaked:
+        kept = [item for item in task.demonstrations(drawn, seed) if normalised(item.prompt) not in leaked]
+        if len(kept) >= count:
+            break
+        drawn *= 2
+    return kept[:count]
 
 
 def demonstration_loss(policy: Policy, completions: Completions, *, seed: int, step: int) -> torch.Tensor:

@@ -51,15 +51,17 @@ class Reward:
     """`infra_error` means that the grader failed, not the completion."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Further figures by name, averaged by `dllm-rl evaluate`."""
+    note: str = ""
+    """For people to read: why, where the verdict alone does not say."""
 
 
 @dataclass
 class TaskReward:
     """The task's own reward (`reward=task`)."""
 
-    def grader(self, task: Task, device: object) -> Grader:
+    def grader(self, task: Task, device: object, tokenizer: object = None) -> Grader:
         """The task itself."""
-        del device
+        del device, tokenizer
         return task
 
 

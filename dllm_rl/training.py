@@ -42,12 +42,18 @@ class TrainerConfig:
     save_every: int = 20
     """Steps between checkpoints, of which the newest `keep` stay; the last step is always saved."""
     keep: int = 2
+    max_infra_errors: float = 0.1
+    """The run stops when the grader failed on more than this share of the completions of the last ten steps."""
     gradient_cosine: bool = False
     """Also log the cosine between the gradients of the even and of the odd Monte Carlo samples."""
 
     def __post_init__(self) -> None:
         least = {"eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
+        share = self.max_infra_errors
+        check(0 <= share <= 1, "trainer.max_infra_errors", share, "a number from 0 to 1")
         for name, value in asdict(self).items():
+            if name == "max_infra_errors":
+                continue
             check(value >= least.get(name, 1), f"trainer.{name}", value, f"an integer >= {least.get(name, 1)}")
 
 

@@ -84,7 +84,7 @@ def trained_policy(folder: Path) -> Policy:
 
 def sample_completions(policy: Policy, count: int) -> Completions:
     task = WordProblems()
-    batch = policy.encode_prompts([prompt.text for prompt in task.prompts("test")[:count]], torch.arange(count))
+    batch = policy.encode_prompts(task.prompts("test")[:count], torch.arange(count))
     return LowConfidence().sample(policy, batch, task.completion_length, seed=0, step=0)
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
-from dllm_rl.config import register
+from dllm_rl.config import load_plugins, register
 from dllm_rl.errors import UserError, bad_value
 from dllm_rl.models.policy import Policy
 from dllm_rl.tracking import FREE_KEYS, RunFolder
@@ -35,7 +35,11 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
     the process with one line on stderr and exit code 2.
     """
     _quiet_libraries()
-    register()
+    try:
+        register()
+        load_plugins(plugin_names(sys.argv[1:]))
+    except UserError as error:
+        fail(str(error))
     # Hydra would print its own multi-line message and exit; with this it raises, and the message below is one line.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
@@ -54,6 +58,12 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         fail("interrupted; resume=auto continues from the last checkpoint", code=130)
+
+
+def plugin_names(arguments: Sequence[str]) -> list[str]:
+    """What `plugins=[a,b.py]` on the command line names; it is read before Hydra looks at any group."""
+    found = [argument.partition("=")[2] for argument in arguments if argument.startswith("plugins=")]
+    return [name.strip("'\" ") for text in found for name in text.strip("[]").split(",") if name.strip("'\" ")]
 
 
 def instances(config: DictConfig) -> Settings:

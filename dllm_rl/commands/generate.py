@@ -14,6 +14,7 @@ from rich.text import Text
 from dllm_rl.commands import common
 from dllm_rl.errors import check
 from dllm_rl.models.policy import Policy
+from dllm_rl.task import Prompt
 
 # From the first token written to the last: colours of the 256-colour terminal palette, cold to hot.
 SCALE = (21, 27, 33, 39, 45, 49, 46, 118, 190, 226, 214, 208, 202, 196)
@@ -29,9 +30,9 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     check(isinstance(settings["count"], int) and settings["count"] >= 1, "count", settings["count"], "an integer >= 1")
     sampler.plan(task.completion_length)
     if settings["prompt"] is None:
-        prompts = [prompt.text for prompt in task.prompts("test")[: settings["count"]]]
+        prompts = list(task.prompts("test")[: settings["count"]])
     else:
-        prompts = [str(settings["prompt"])] * settings["count"]
+        prompts = [Prompt("", str(settings["prompt"]))] * settings["count"]
     policy = common.build_policy(settings)
     policy.network.to(common.accelerator_for_one_process().device)
     batch = policy.encode_prompts(prompts, torch.arange(len(prompts)))
@@ -40,7 +41,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     for prompt, text, ids, order in zip(
         prompts, policy.decode(completions.ids), completions.ids.tolist(), completions.unmask_step.tolist(), strict=True
     ):
-        console.print(Text("prompt      " + indented(prompt), style="bold"))
+        console.print(Text("prompt      " + indented(policy.render(prompt)), style="bold"))
         console.print(Text("completion  " + indented(text)))
         if settings["watch"]:
             for now in range(max(order) + 1):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from dllm_rl.commands import common
+from dllm_rl.leaks import leaked_texts
 from dllm_rl.optimization import Optimizer
 from dllm_rl.supervised import FineTuning, finetune
 from dllm_rl.tracking import RunFolder
@@ -20,13 +21,14 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     record = common.plain(config)
     RunFolder.claim(path, settings["resume"], record)
     task.demonstrations(1, seed)  # bad data end the run before there is a folder
+    leaked = leaked_texts(task, settings["leaks"])
 
     start = common.start(settings, path)
     optimizer = Optimizer(settings["optimizer"], start.policy.network.parameters(), supervised.steps)
     if start.checkpoint:
         optimizer.load_state_dict(start.state)
     folder = common.open_folder(path, record, start.done)
-    finetune(FineTuning(start.policy, task, optimizer, supervised, start.accelerator, folder, seed, start.done))
+    finetune(FineTuning(start.policy, task, optimizer, supervised, start.accelerator, folder, seed, start.done, leaked))
     print(f"next: dllm-rl train task={common.group_choice('task')} model.path={path}")
 
 

@@ -19,13 +19,14 @@ from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.commands import common
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.estimators import Trajectory
-from dllm_rl.errors import bad_value, check
-from dllm_rl.experience import RolloutSource, Source
+from dllm_rl.errors import UserError, bad_value, check
+from dllm_rl.experience import Failures, RolloutSource, Source
 from dllm_rl.kl_reward import KLReward
+from dllm_rl.leaks import MODES, find_leaks, guarded, held_out_items, report, text_item
 from dllm_rl.objectives.base import check_unnormalised
-from dllm_rl.offline import FileSource, OfflineConfig, Skipped, load_scored
+from dllm_rl.offline import FileSource, OfflineConfig, Scored, Skipped, load_scored
 from dllm_rl.optimization import Optimizer
-from dllm_rl.task import TaskReward
+from dllm_rl.task import Task, TaskReward
 from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
 from dllm_rl.training import Training
@@ -78,15 +79,16 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
     """Rollouts, or the file named by `data` with what was left out of it."""
     task, trainer, objective, policy = settings["task"], settings["trainer"], settings["objective"], start.policy
     if settings["data"] is None:
-        task.prompts("train")
-        grader = settings["reward"].grader(task, policy.device)
+        grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
         return RolloutSource(
-            policy, task, grader, settings["sampler"], trainer.prompts_per_step, trainer.group_size, settings["seed"]
+            policy, task, guarded(task, settings["leaks"]), grader, settings["sampler"], trainer.prompts_per_step,
+            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors),
         ), []
     length, offline = task.completion_length, settings["offline"]
     groups, skipped = load_scored(str(settings["data"]), offline, policy, length, least_group(settings))
     if objective.traits.uses_mismatched and len({group[0].prompt for group in groups}) < 2:
         raise bad_value("data", settings["data"], "a file with at least two prompts: mismatched pairs need them")
+    groups = without_leaks(groups, task, settings["leaks"])
     rows = sum(map(len, groups))
     passes = trainer.steps * trainer.prompts_per_step / len(groups)
     print(f"data: {rows} completions of {len(groups)} prompts, {passes:.1f} passes over them"
@@ -95,6 +97,19 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
     if advice:
         print(f"note: {advice}")
     return FileSource(groups, policy, length, trainer.prompts_per_step, offline.masks, settings["seed"]), skipped
+
+
+def without_leaks(groups: list[list[Scored]], task: Task, mode: str) -> list[list[Scored]]:
+    """The groups of a file whose prompts are not in the test split of the task (with `leaks=drop`; see leaks.py)."""
+    check(mode in MODES, "leaks", mode, ", ".join(MODES))
+    train, test = [text_item(group[0].place, group[0].prompt) for group in groups], held_out_items(task, with_texts=True)
+    found = find_leaks(train, test)
+    print(report(found, len(train), len(task.prompts("test")), mode), flush=True)
+    leaked = {leak.train for leak in found} if mode == "drop" else set()
+    left = [group for group in groups if group[0].place not in leaked]
+    if not left:
+        raise UserError("leaks=drop: every prompt of the file is also a test prompt; nothing is left")
+    return left
 
 
 def make_critic(settings: common.Settings, start: common.Start, updates: int) -> Critic | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm_rl.errors import UserError
+from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 
 CHECKPOINT_FILES = "config.json, model.safetensors and the tokenizer's files"
@@ -43,6 +44,8 @@ class Policy:
         self.mask_id: int = tokenizer.mask_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self.chat = tokenizer.chat_template is not None
+        """Whether prompts are laid out by the tokenizer's chat template."""
         self._head_rows: Tensor | None = None
         self._hidden: list[Tensor] | None = None
         network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
@@ -102,9 +105,30 @@ class Policy:
             rows = rows[:0]
         return (rows, *inputs[1:])
 
-    def encode_prompts(self, texts: Sequence[str], sample_ids: Tensor) -> PromptBatch:
-        """Tokenizes and left-pads B texts onto the policy's device. `sample_ids` is [B]."""
-        rows = [self.tokenizer.encode(text) for text in texts]
+    def encode_prompts(self, prompts: Sequence[str | Prompt], sample_ids: Tensor) -> PromptBatch:
+        """Renders, tokenizes and left-pads B prompts onto the policy's device. `sample_ids` is [B]."""
+        # A chat template writes the special tokens itself.
+        options = {"add_special_tokens": False} if self.chat else {}
+        rows = [self.tokenizer.encode(self.render(prompt), **options) for prompt in prompts]
+        return self.pad_prompts(rows, sample_ids)
+
+    def render(self, prompt: str | Prompt) -> str:
+        """The text that the model reads: a chat where the tokenizer has a template for one, else the parts in a row.
+
+        A string is one turn of the user. Example: `policy.render(Prompt("1", "2+2=", shots=(("1+1=", "2"),)))` is
+        `1+1=2\n\n2+2=` without a template.
+        """
+        if isinstance(prompt, str):
+            prompt = Prompt("", prompt)
+        if not self.chat:
+            return "".join(f"{question}{answer}\n\n" for question, answer in prompt.shots) + prompt.text + prompt.prefill
+        turns = [turn for question, answer in prompt.shots for turn in (("user", question), ("assistant", answer))]
+        chat = [{"role": role, "content": content} for role, content in [*turns, ("user", prompt.text)]]
+        rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        return str(rendered) + prompt.prefill
+
+    def pad_prompts(self, rows: Sequence[Sequence[int]], sample_ids: Tensor) -> PromptBatch:
+        """Left-pads B token rows onto the policy's device. `sample_ids` is [B]."""
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id)
         for number, row in enumerate(rows):

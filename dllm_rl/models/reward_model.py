@@ -42,19 +42,20 @@ class LearnedReward:
         fits = self.max_length is None or self.max_length >= 1
         check(fits, "reward.max_length", self.max_length, "an integer >= 1, or null")
 
-    def grader(self, task: Task, device: torch.device) -> Grader:
-        """Loads the model.
+    def grader(self, task: Task, device: torch.device, tokenizer: Any = None) -> Grader:
+        """Loads the model; the policy's tokenizer plays no part.
 
         Raises:
             UserError: no path, no such model, or it has no output of that number.
         """
+        del tokenizer
         valid = "a folder or hub name of a sequence-classification model"
         check(bool(self.path), "reward.path", self.path, valid)
         path = str(self.path)
         if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
             raise UserError(f"reward.path={path}: no such folder; must be {valid}")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            own_tokenizer = AutoTokenizer.from_pretrained(path)
             network, found = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True
             )
@@ -66,7 +67,7 @@ class LearnedReward:
             raise UserError(f"reward.path={path}: has no weights for {missing}; must be {valid}")
         outputs = int(network.config.num_labels)
         check(self.label < outputs, "reward.label", self.label, f"an integer from 0 to {outputs - 1}, the outputs of {path}")
-        return ModelGrader(self, task, network.to(device).eval(), tokenizer)
+        return ModelGrader(self, task, network.to(device).eval(), own_tokenizer)
 
 
 class ModelGrader:
@@ -119,7 +120,7 @@ def encode(tokenizer: Any, prompts: Sequence[str], completions: Sequence[str], *
 
 def _combined(by_task: Reward, value: float) -> Reward:
     if not math.isfinite(value):
-        return Reward(0.0, "infra_error")
+        return Reward(0.0, "infra_error", note=f"the learned reward is {value}")
     if by_task.verdict == "infra_error":
         return Reward(value, "wrong", by_task.parts)  # the task cannot tell, but the model has graded it
     return Reward(value, by_task.verdict, {**by_task.parts, "task": by_task.value})

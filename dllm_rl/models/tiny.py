@@ -28,6 +28,8 @@ class TinyModel:
 
     path: str | None = None
     """A checkpoint folder, or a name on the hub. null: random weights."""
+    chat_template: bool = True
+    """Lay prompts out by the tokenizer's chat template where it has one; false: as plain text."""
     hidden_size: int = 96
     num_layers: int = 3
     num_heads: int = 4
@@ -44,7 +46,9 @@ class TinyModel:
     def build(self, words: Sequence[str], seed: int) -> Policy:
         """The checkpoint at `path`, or else random weights (a pure function of `seed`) and a tokenizer for `words`."""
         if self.path:
-            return load_policy(self.path)
+            policy = load_policy(self.path)
+            policy.chat = policy.chat and self.chat_template
+            return policy
         tokenizer = build_tokenizer(words)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
