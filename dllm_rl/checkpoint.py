@@ -82,6 +82,18 @@ def resolve_model_path(path: str) -> str:
     return str(newest)
 
 
+def weights_digest(path: str) -> str:
+    """Tells the weights in a folder from others: a hash of the names, sizes and times of its files, or with a manifest of
+    their contents. A hub name stands for itself."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    if (folder / MANIFEST).is_file():
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
 def _step_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 

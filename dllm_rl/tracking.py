@@ -93,7 +93,7 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                replace_text(path, "".join(line for line in lines if _complete(line) and json.loads(line)["step"] <= steps))
+                replace_text(path, "".join(line for line in lines if complete(line) and json.loads(line)["step"] <= steps))
 
     def plot(self) -> Path:
         """Draws mean reward per step and the evaluations into plots/reward.png."""
@@ -108,8 +108,8 @@ class RunFolder:
                   color="tab:blue", alpha=0.6)
         evaluations = self.read("evaluations.jsonl")
         for metric, marker in (("greedy/reward", "s"), ("sampled/reward", "o")):
-            axes.plot([row["step"] for row in evaluations], [row[metric] for row in evaluations], marker=marker,
-                      label=f"test, {metric.split('/')[0]}")
+            if points := [(row["step"], row[metric]) for row in evaluations if metric in row]:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=f"test, {metric.split('/')[0]}")
         axes.set(xlabel="update", ylabel="reward", ylim=(0, 1.02), title=self.path.name)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
@@ -177,7 +177,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     (console if console.is_terminal else Console(width=120)).print(grid)  # a log file has no width to fit
 
 
-def _complete(line: str) -> bool:
+def complete(line: str) -> bool:
     """A killed process may leave half a line at the end."""
     return line.endswith("\n")
 

@@ -10,11 +10,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
-    ("errors", "types", "task", "rows", "sandbox", "sandbox_runner", "memory"),
+    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandbox_runner", "memory"),
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
-    ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "supervised", "critic", "kl_reward",
-     "training", "assess", "update", "trainer"),
+    ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",
+     "critic", "kl_reward", "training", "assess", "update", "trainer"),
     ("config", "commands", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

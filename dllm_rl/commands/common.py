@@ -35,6 +35,7 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
     the process with one line on stderr and exit code 2.
     """
     _quiet_libraries()
+    sys.argv[1:] = [re.sub("^protocol=", "task.protocol=", argument) for argument in sys.argv[1:]]
     try:
         register()
         load_plugins(plugin_names(sys.argv[1:]))
@@ -95,15 +96,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Path:
+def run_directory(command: str, settings: Settings, names: Sequence[str], labels: Sequence[str] | None = None) -> Path:
     """`run_dir` if given, else a name that depends on the configuration only: no clock, so that a run can be found again.
 
+    It begins with the choices in the groups `names`, or with `labels` in their place.
     Example: outputs/train-sudoku-bgpo-likelihood.num_samples_4-seed0
     """
     if settings["run_dir"]:
         return Path(settings["run_dir"])
     hydra_config = HydraConfig.get()
-    choices = [group_choice(name) for name in names]
+    choices = [re.sub(r"[^\w.+-]+", "_", label) for label in labels or map(group_choice, names)]
     skip = {*names, "seed", *FREE_KEYS}
     changed = [item for item in hydra_config.overrides.task if item.split("=")[0].lstrip("+~") not in skip]
     # Only signs that need no quoting in a shell or in another command's `model.path=`.

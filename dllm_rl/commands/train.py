@@ -62,6 +62,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
             kl_reward.coef = start.state["kl_reward_coef"]
     reference = common.reference_policy(settings, start.accelerator) if uses_reference else None
     folder = common.open_folder(path, record, start.done)
+    print(f"prompts: protocol {task.protocol}")
     if skipped:
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
         replace_text(path / "skipped.jsonl", lines)
