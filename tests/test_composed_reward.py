@@ -33,6 +33,7 @@ class Letters(Task):
         return [Prompt(f"{split}/{n}", "q" * (n + 1)) for n in range(4)]
 
     def score(self, prompt: Prompt, completion: str) -> Reward:
+        del prompt
         parts = {"style": float(completion.islower())}
         if completion == "broken":
             return Reward(0.0, "infra_error", note="out of order")
@@ -89,7 +90,7 @@ def test_a_failure_of_the_grader_stays_one() -> None:
     (lambda: ComposedReward(weights={}), "reward.weights=.*: must be at least one weight"),
     (lambda: ComposedReward(weights={"beauty": 1}), "reward.weights=beauty: must be names among task, learned, style"),
     (lambda: ComposedReward(length=LengthPenalty("square")), "reward.length.kind=square: must be none, linear, overlong"),
-    (lambda: ComposedReward(length=LengthPenalty("overlong", free_tokens=10)), "must be less than task.completion_length=10"),
+    (lambda: ComposedReward(length=LengthPenalty("overlong", free_tokens=10)), "less than task.completion_length=10"),
     (lambda: ComposedReward(weights={"learned": 1}), "reward.path=None"),
 ])
 def test_bad_settings_are_refused(make: Any, message: str) -> None:
