@@ -52,6 +52,7 @@ from dllm_rl.objectives.vrpo import VRPO
 from dllm_rl.objectives.wd1 import WD1
 from dllm_rl.offline import OfflineConfig
 from dllm_rl.optimization import OptimizerConfig
+from dllm_rl.sandbox import SandboxConfig
 from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.task import TaskReward
 from dllm_rl.tasks.code.mbpp import MBPP
@@ -115,9 +116,11 @@ SECTIONS: dict[str, dict[str, type]] = {
         "offline": OfflineConfig,
         "optimizer": OptimizerConfig,
         "evaluation": EvaluationConfig,
+        "sandbox": SandboxConfig,
     },
     "sft": {"supervised": SupervisedConfig, "optimizer": OptimizerConfig},
-    "evaluate": {"evaluation": EvaluationConfig},
+    "evaluate": {"evaluation": EvaluationConfig, "sandbox": SandboxConfig},
+    "rollout": {"sandbox": SandboxConfig},
 }
 """Sections of each command's configuration that are no choice among several."""
 

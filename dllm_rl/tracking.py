@@ -25,9 +25,11 @@ RESUME = ("never", "auto", "overwrite")
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 PACKAGES = ("torch", "transformers", "accelerate", "einops", "hydra-core", "datasets", "tokenizers", "safetensors")
 # Keys that may differ between a run and its continuation: they do not change what a step computes.
-FREE_KEYS = ("resume", "run_dir", "output_dir", "model.path", "trainer.steps", "trainer.save_every", "trainer.keep",
-             "trainer.eval_every", "trainer.micro_samples", "supervised.save_every", "supervised.keep",
-             "supervised.log_every")
+FREE_KEYS = (
+    "resume", "run_dir", "output_dir", "model.path", "trainer.steps", "trainer.save_every", "trainer.keep",
+    "trainer.eval_every", "trainer.micro_samples", "supervised.save_every", "supervised.keep", "supervised.log_every",
+    "sandbox.workers", "sandbox.allow_unisolated",
+)
 
 
 class RunFolder:

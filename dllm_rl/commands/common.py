@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from dllm_rl import sandbox
 from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
 from dllm_rl.config import load_plugins, register
 from dllm_rl.errors import UserError, bad_value
@@ -68,7 +69,7 @@ def plugin_names(arguments: Sequence[str]) -> list[str]:
 
 
 def instances(config: DictConfig) -> Settings:
-    """The configuration as instances of the dataclasses, each of which checks its own values."""
+    """The configuration as instances of the dataclasses, each of which checks its own values. `sandbox` takes effect."""
     try:
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -76,6 +77,8 @@ def instances(config: DictConfig) -> Settings:
             raise error.__cause__ from None
         raise
     assert isinstance(settings, dict)
+    if "sandbox" in settings:
+        sandbox.configure(settings["sandbox"])
     return {str(key): value for key, value in settings.items()}
 
 
