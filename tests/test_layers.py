@@ -14,8 +14,8 @@ LAYERS = (
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
     ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "supervised", "critic", "kl_reward",
-     "training", "assess", "update", "trainer"),
-    ("config", "commands", "cli"),
+     "training", "assess", "update", "trainer", "lm_eval_model"),
+    ("config", "commands", "cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TASK_LAYER = 0  # task packs build on the foundation and are imported by the configuration

@@ -199,19 +199,19 @@ class Policy:
             raise UserError(f"{name} ignores the attention mask: padding changes its logits")
 
 
-def load_policy(path: str) -> Policy:
+def load_policy(path: str, key: str = "model.path") -> Policy:
     """A policy from a run folder (its newest checkpoint), a checkpoint folder, a folder with a LoRA adapter, or a hub name.
 
-    An adapter is merged into the weights of the base model that its `adapter_config.json` names.
+    An adapter is merged into the weights of the base model that its `adapter_config.json` names. `key` is what messages call
+    the path.
 
     Raises:
         UserError: the folder lacks the configuration, weights or tokenizer, or the hub has no such model.
     """
-    return Policy(*_load(path, "model.path"))
+    return Policy(*_load(path, key))
 
 
 def _load(path: str, key: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Network and tokenizer. `key` is what messages call the path."""
     folder = Path(resolve_model_path(path, key)).expanduser()
     if is_adapter(folder):
         network, tokenizer = _load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path")
