@@ -10,12 +10,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
-    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandboxing", "memory"),
+    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandboxing", "memory",
+     "run_folder"),
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
     ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",
-     "critic", "kl_reward", "training", "assess", "update", "trainer"),
-    ("config", "commands", "cli"),
+     "critic", "kl_reward", "training", "assess", "update", "trainer", "lm_eval_model"),
+    ("config", "commands", "cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TASK_LAYER = 0  # task packs build on the foundation and are imported by the configuration

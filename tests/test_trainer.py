@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.assess import assess
-from dllm_rl.checkpoint import latest_checkpoint, load_state
+from dllm_rl.checkpoint import load_state
 from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import UserError
@@ -25,6 +25,7 @@ from dllm_rl.objectives.dppo import DPPO
 from dllm_rl.objectives.ppo_clip import GRPO
 from dllm_rl.objectives.reinforce import Reinforce
 from dllm_rl.optimization import Optimizer, OptimizerConfig
+from dllm_rl.run_folder import latest_checkpoint
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
 from dllm_rl.tracking import RunFolder

@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from dllm_rl import sandbox
-from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
+from dllm_rl.checkpoint import load_state
 from dllm_rl.config import load_plugins, register
 from dllm_rl.errors import UserError, bad_value
 from dllm_rl.models.policy import Policy
+from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
 from dllm_rl.tracking import FREE_KEYS, RunFolder
 
 Settings = dict[str, Any]

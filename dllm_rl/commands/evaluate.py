@@ -19,11 +19,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 
-from dllm_rl.checkpoint import resolve_model_path, weights_digest
 from dllm_rl.commands import common
 from dllm_rl.evaluation import Evaluation, Sample, compared, evaluate, regraded
 from dllm_rl.evaluation_report import HEADERS, PAIRED_HEADERS, SampleLog, entry, rows, verdict_lines, write_results
 from dllm_rl.models.policy import Policy
+from dllm_rl.run_folder import resolve_model_path, weights_digest
 from dllm_rl.tracking import RunFolder, table
 
 

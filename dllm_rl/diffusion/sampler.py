@@ -108,3 +108,28 @@ class LowConfidence:
         else:
             confidence = torch.zeros_like(noise[1]).masked_scatter(masked, token_confidence(logits.double(), chosen))
         return canvas.masked_scatter(masked, chosen), confidence
+
+
+@torch.no_grad()
+def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
+    """[B] bool: whether greedy decoding gives `ids` [B, L], one token per step, the most confident first.
+
+    That is what `LowConfidence(block_length=L, denoising_steps=L, temperature=0)` decodes, but a row takes no more forward
+    passes after its first wrong token.
+    """
+    right = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    canvas = torch.full_like(ids, policy.mask_id)
+    for _ in range(ids.shape[1]):
+        if not right.any():
+            break
+        part = canvas[right]
+        masked = part == policy.mask_id
+        logits = policy.logits(prompts.rows(right), part, masked)
+        chosen = logits.argmax(-1)
+        confidence = torch.zeros(part.shape, dtype=torch.float64, device=ids.device).masked_scatter(
+            masked, token_confidence(logits.double(), chosen)
+        )
+        write = most_confident(confidence, masked, 1)
+        canvas[right] = torch.where(write, part.masked_scatter(masked, chosen), part)
+        right = right & ((canvas == policy.mask_id) | (canvas == ids)).all(1)
+    return right
