@@ -10,7 +10,8 @@ What counts, where opinions differ (these follow the conventions of MATH and its
   0.5 is not, since a question about percent reads it as half a percent.
 * Where the right answer is a number, the answer must be one as well: an integer, a decimal, a fraction, a mixed number
   or a numeral times a power of ten. `3^5 \cdot 7` may be the question itself, copied into the box, and is wrong.
-* Fractions need not be in lowest terms, decimals must be exact, and `x = 5` is 5. After several `=` the last side counts.
+* Fractions need not be in lowest terms, decimals must be exact, and `x = 5` is 5. Of
+  several sides of an equation the last must be the number, and no other one a different number.
 * A list without brackets or in braces has no order; a tuple or an interval has, and its brackets count. Exactly as many
   elements as there should be: a subset is wrong, and so is "3 or 4".
 * The digits of a number in another base may come without the base.
@@ -78,7 +79,8 @@ def _loose(text: str) -> str:
 def _compare(gold: str, answer: str, question: str) -> Decision:
     if not answer:
         return "wrong"
-    if squeezed(gold) == squeezed(answer):
+    same_kind = (quantity(gold) is None) == (quantity(answer) is None)  # 58, 500 is not 58,500
+    if same_kind and squeezed(gold) == squeezed(answer):
         return "right"
     for rule in _RULES:
         decision = rule(gold, answer, question)
@@ -138,10 +140,10 @@ def _by_number(gold: str, answer: str, question: str) -> Decision:
     if not expected or None in expected:
         return "undecided"
     given_name, given_sides = _sides(answer)
-    given = quantity(given_sides[-1]) if given_sides else None
-    if given is None or (name and given_name and squeezed(name) != squeezed(given_name)):
+    given = [quantity(side) for side in given_sides]
+    if not given or given[-1] is None or (name and given_name and squeezed(name) != squeezed(given_name)):
         return "wrong"
-    return _judged(any(_agree(side, given) for side in expected if side))
+    return _judged(all(any(_agree(side, one) for side in expected if side) for one in given if one))
 
 
 def _sides(text: str) -> tuple[str, list[str]]:

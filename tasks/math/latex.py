@@ -117,9 +117,9 @@ def _between_commas(text: str) -> tuple[str, ...]:
     for index, character in enumerate(text):
         level += (character in _OPENING) - (character in _CLOSING)
         if character in ",;" and level == 0:
-            found.append(text[start:index].strip())
+            found.append(text[start:index])
             start = index + 1
-    return tuple(item for item in (*found, text[start:].strip()) if item)
+    return tuple(filter(None, (_without_braces(item.strip()) for item in (*found, text[start:]))))
 
 
 def _without_braces(text: str) -> str:

@@ -11,8 +11,6 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from dllm_rl.tasks.math.latex import without_text
-
 MAX_EXPONENT = 100
 _NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
@@ -48,6 +46,7 @@ _POWER = r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?P<brace>\{)? ?(?P<e>[-+]?[0-9]{1
 _OPERAND = rf"{_PLAIN}(?:\.[0-9]+)?"
 _FORMS = [re.compile(rf"(?P<sign>{_SIGN}){form}") for form in (
     rf"(?P<a>{_DECIMAL})(?:{_POWER})?",
+    r"(?P<a>[0-9]*\.[0-9]*)\\overline ?\{(?P<repeated>[0-9]{1,50})\}",
     rf"(?P<a>{_DECIMAL})[eE](?P<e>[-+]?[0-9]{{1,4}})",
     rf"(?P<whole>[0-9]+ ?)?\\frac ?\{{ ?(?P<a>{_SIGN}{_DECIMAL}) ?\}} ?\{{ ?(?P<b>{_SIGN}{_DECIMAL}) ?\}}",
     rf"(?P<whole>[0-9]+ )?(?P<a>{_OPERAND}) ?/ ?(?P<b>{_OPERAND})",
@@ -68,7 +67,8 @@ def quantity(text: str) -> Quantity | None:
 
     Example: `quantity("-1\\frac{1}{2} \\text{ cm}")` is `Quantity(Fraction(-3, 2), "cm")`.
     """
-    text, money = _without_money(text.removeprefix("\\approx").strip())
+    wrapped = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
+    text, money = _without_money((wrapped[1] if wrapped else text).removeprefix("\\approx").strip())
     text, unit = split_unit(text)
     if money and unit and money != unit:
         return None
@@ -128,9 +128,8 @@ def _without_money(text: str) -> tuple[str, str]:
 
 
 def _value(text: str) -> Fraction | None:
-    word = without_text(text).strip().lower()
-    if word in _NUMBER_WORDS:
-        return Fraction(_NUMBER_WORDS.index(word))
+    if text.lower() in _NUMBER_WORDS:
+        return Fraction(_NUMBER_WORDS.index(text.lower()))
     for form in _FORMS:
         match = form.fullmatch(text)
         if match:
@@ -143,6 +142,10 @@ def _matched(parts: dict[str, str | None]) -> Fraction | None:
     if abs(exponent) > MAX_EXPONENT or divisor == 0:
         return None
     value = _fraction(parts["a"] or "") * Fraction(10) ** exponent / divisor
+    repeated = parts.get("repeated")
+    if repeated:  # 0.1666... is 0.1 and 6/90
+        places = len((parts["a"] or "").partition(".")[2])
+        value += Fraction(int(repeated), 10 ** places * (10 ** len(repeated) - 1))
     whole = parts.get("whole")
     if whole and not 0 <= value < 1:  # 2 7/3 is no mixed number
         return None
@@ -151,4 +154,4 @@ def _matched(parts: dict[str, str | None]) -> Fraction | None:
 
 
 def _fraction(numeral: str) -> Fraction:
-    return Fraction(numeral.replace(",", "").replace(" ", "").rstrip("."))
+    return Fraction(numeral.replace(",", "").replace(" ", "").rstrip(".") or "0")
