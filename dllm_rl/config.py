@@ -57,6 +57,7 @@ from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.task import TaskReward
 from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
+from dllm_rl.tasks.math.competition import Math
 from dllm_rl.tasks.math.gsm8k import GSM8K
 from dllm_rl.tasks.math.word_problems import WordProblems
 from dllm_rl.tasks.planning.countdown import Countdown
@@ -70,6 +71,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "countdown": Countdown,
         "word_problems": WordProblems,
         "gsm8k": GSM8K,
+        "math": Math,
         "program_synthesis": ProgramSynthesis,
         "mbpp": MBPP,
     },
