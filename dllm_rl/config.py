@@ -45,6 +45,7 @@ from dllm_rl.offline import OfflineConfig
 from dllm_rl.optimization import OptimizerConfig
 from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.task import TaskReward
+from dllm_rl.tasks.code.humaneval import HumanEval
 from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
 from dllm_rl.tasks.math.gsm8k import GSM8K
@@ -62,6 +63,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "gsm8k": GSM8K,
         "program_synthesis": ProgramSynthesis,
         "mbpp": MBPP,
+        "humaneval": HumanEval,
     },
     "sampler": {"low_confidence": LowConfidence},
     "likelihood": {

@@ -16,7 +16,8 @@ import pytest
 from dllm_rl.errors import UserError
 from dllm_rl.task import Prompt
 from dllm_rl.tasks.code import mbpp, program_synthesis
-from dllm_rl.tasks.code.mbpp import MBPP, extract_code, fenced, prompt_text
+from dllm_rl.tasks.code.grading import extract_code, fenced
+from dllm_rl.tasks.code.mbpp import MBPP, prompt_text
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
 
 ROWS = [
@@ -166,7 +167,7 @@ def test_equal_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_failing_sandbox_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     assert ProgramSynthesis().score(QUESTION, "x*2+3").verdict == "infra_error"
-    prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": ""})
+    prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": "def f(): return 1"})
     assert MBPP().score(prompt, "def f(): return 1").verdict == "infra_error"
 
 
