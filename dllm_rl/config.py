@@ -55,6 +55,7 @@ from dllm_rl.optimization import OptimizerConfig
 from dllm_rl.sandbox import SandboxConfig
 from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.task import TaskReward
+from dllm_rl.tasks.code.humaneval import HumanEval
 from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
 from dllm_rl.tasks.math.competition import Math
@@ -74,6 +75,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "math": Math,
         "program_synthesis": ProgramSynthesis,
         "mbpp": MBPP,
+        "humaneval": HumanEval,
     },
     "sampler": {"low_confidence": LowConfidence},
     "likelihood": {
