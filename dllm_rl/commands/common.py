@@ -35,7 +35,6 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
     the process with one line on stderr and exit code 2.
     """
     _quiet_libraries()
-    register()
     # Hydra would print its own multi-line message and exit; with this it raises, and the message below is one line.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
@@ -47,7 +46,10 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
             fail(str(error))
 
     try:
+        register(sys.argv[1:])
         entry()
+    except UserError as error:
+        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing is left to say on stdout
@@ -93,7 +95,7 @@ def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Pat
     if settings["run_dir"]:
         return Path(settings["run_dir"])
     hydra_config = HydraConfig.get()
-    choices = [group_choice(name) for name in names]
+    choices = [group_choice(name).replace("/", "_") for name in names]
     skip = {*names, "seed", *FREE_KEYS}
     changed = [item for item in hydra_config.overrides.task if item.split("=")[0].lstrip("+~") not in skip]
     # Only signs that need no quoting in a shell or in another command's `model.path=`.
