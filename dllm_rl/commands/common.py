@@ -38,11 +38,6 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
     """
     _quiet_libraries()
     sys.argv[1:] = [re.sub("^protocol=", "task.protocol=", argument) for argument in sys.argv[1:]]
-    try:
-        register()
-        load_plugins(plugin_names(sys.argv[1:]))
-    except UserError as error:
-        fail(str(error))
     # Hydra would print its own multi-line message and exit; with this it raises, and the message below is one line.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
@@ -54,7 +49,11 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
             fail(str(error))
 
     try:
+        register(sys.argv[1:])
+        load_plugins(plugin_names(sys.argv[1:]))
         entry()
+    except UserError as error:
+        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing is left to say on stdout

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dllm_rl.commands import common
+from dllm_rl.config import register
 from dllm_rl.evaluation import Evaluation, Sample, compared, evaluate, regraded
 from dllm_rl.evaluation_report import HEADERS, PAIRED_HEADERS, SampleLog, entry, rows, verdict_lines, write_results
 from dllm_rl.models.policy import Policy
@@ -59,6 +60,7 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     """Evaluates, prints a table per task and writes samples.jsonl, results.json, results.md and results.png."""
     common.check_seed(settings["seed"])
     common.require_model_path(settings)
+    register([f"task={name}" for name in tasks.names])
     names = tasks.names if len(tasks.names) > 1 else [common.group_choice("task")]
     configs = {names[0]: config} | {name: _composed(name, tasks) for name in names[1:]}
     jobs = {names[0]: settings} | {name: common.instances(configs[name]) for name in names[1:]}
