@@ -44,11 +44,11 @@ def number_children_anew(own_namespace: int) -> None:
     checked(c_library().unshare(CLONE_NEWPID), "unshare")
 
 
-def get_own_files(disk_mb: int, own_ipc: bool) -> None:
-    """Gives this process an empty, small /tmp, and queues and shared memory of its own if asked to."""
+def get_own_files(folder: str, disk_mb: int, own_ipc: bool) -> None:
+    """Puts an empty, small folder of this process's own there, and gives it queues of its own if asked to."""
     checked(c_library().unshare(CLONE_NEWNS | (CLONE_NEWIPC if own_ipc else 0)), "unshare")
     options = f"size={disk_mb}m,nr_inodes=4096,mode=1777".encode()
-    checked(c_library().mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount")
+    checked(c_library().mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount")
 
 
 def give_up_rights(uid: int | None) -> None:

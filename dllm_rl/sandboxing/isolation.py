@@ -38,7 +38,8 @@ class Launch:
     def command(self) -> list[str]:
         """The command line of one worker."""
         uid = spare_uid() if self.change_user else None
-        settings = {"isolated": self.isolated, "uid": uid, "disk_mb": DISK_MB, "idle_seconds": IDLE_SECONDS}
+        settings = {"isolated": self.isolated, "uid": uid, "scratch": scratch(), "disk_mb": DISK_MB,
+                    "idle_seconds": IDLE_SECONDS}
         library = _LIBRARY if self.isolated else str(Path(__file__).parents[2])
         start = [interpreter(), "-I", "-S", "-c", _START.format(library), json.dumps(settings)]
         return [*bubblewrap(self.change_user), *start] if self.isolated else start
@@ -70,6 +71,11 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
 
 
+def scratch() -> str:
+    """Where isolated programs may write: /tmp, unless that would hide the interpreter."""
+    return "/scratch" if interpreter().startswith("/tmp/") else "/tmp"
+
+
 def spare_uid() -> int | None:
     """The first of two user numbers that nobody has, other ones on each call; None where there are not enough.
 
@@ -93,7 +99,7 @@ def bubblewrap(change_user: bool) -> list[str]:
         executable() or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         *user, "--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL",
         *(word for name in needed for word in ("--cap-add", f"CAP_{name}")),
-        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", "/tmp", "--chdir", "/tmp",
+        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(), "--chdir", scratch(),
         # Not --dev, for which bubblewrap needs a second user namespace, in which a worker could not return to its own.
         *(word for name in _DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")), "--remount-ro", "/",
     ]

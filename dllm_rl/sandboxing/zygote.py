@@ -48,12 +48,13 @@ class TesterEnded(Exception):
 
 
 class Worker:
-    """The settings: `isolated`; `uid`, for programs, and the next one for the tester, or None to keep the user;
-    `disk_mb`, for /tmp; `idle_seconds`, after which a worker without a job ends."""
+    """The settings: `isolated`; `uid`, for programs, and the next one for the tester, or None to keep the user; `scratch`,
+    the folder of isolated programs, and `disk_mb`, its size; `idle_seconds`, after which a worker without a job ends."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.isolated: bool = settings["isolated"]
         self.uid: int | None = settings["uid"]
+        self.scratch: str = settings["scratch"]
         self.disk_mb: int = settings["disk_mb"]
         self.idle_seconds: float = settings["idle_seconds"]
         self.folders = 0
@@ -162,7 +163,7 @@ class Worker:
 
     def _make_folder(self) -> str:
         if self.isolated:
-            return "/tmp"  # each program's process hides it under one of its own
+            return self.scratch  # each program's process hides it under one of its own
         self.folders += 1
         folder = os.path.abspath(f"{self.folders}")
         os.mkdir(folder, 0o700)
@@ -221,7 +222,7 @@ class Worker:
         _silence(0, 1, 2)
         os.setsid()
         if self.isolated:
-            confine.get_own_files(self.disk_mb, own_ipc=not filter.is_supported())  # with it, no call can use any
+            confine.get_own_files(folder, self.disk_mb, own_ipc=not filter.is_supported())  # with it, no call can use any
         os.chdir(folder)
         confine.give_up_rights(self.uid)
         confine.die_with_parent(0 if self.isolated else worker)
