@@ -189,6 +189,13 @@ def test_a_check_function_is_cut_into_its_assertions() -> None:
     assert "METADATA" in loop.setup and "import math" in loop.setup and "def add" not in loop.setup
 
 
+def test_set_up_neither_calls_the_check_nor_hides_the_function_under_test() -> None:
+    test = '"""Tests."""\nLIMIT = 3\ndef check(candidate):\n    assert candidate(1) in range(LIMIT)\ncheck(sum)\n'
+    (only,) = assertions_of(test, "sum", "def sum_of(x):\n    return sum(x)")
+    assert isinstance(only, Assertion)
+    assert only.setup.split("\n") == ["from builtins import range", "def sum_of(x):", "    return sum(x)", "LIMIT = 3"]
+
+
 def test_an_assertion_that_compares_the_program_with_itself_joins_the_next() -> None:
     own, other = "assert candidate(1) == f(1)", "assert candidate(2) == 2"
     for lines, count in (([own, own, other, other], 2), ([other, own], 1), ([own], 1)):
