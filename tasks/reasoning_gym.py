@@ -106,7 +106,7 @@ class ReasoningGym(Task):
         block = answer_block(completion)
         answer = completion.strip() if block is None else block
         gold = prompt.data["answer"]
-        if not answer and gold != "":  # "" is the answer to some questions of polynomial_equations
+        if not answer and gold != "":  # "" is the answer to some questions of ab
             return Reward(0.0, "no_answer", {"score": 0.0})
         if len(answer) > MAX_CHARACTERS:
             return Reward(0.0, "wrong", {"score": 0.0})
