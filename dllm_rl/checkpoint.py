@@ -16,9 +16,7 @@ import torch
 
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.value_head import ValueModel
-from dllm_rl.run_folder import MANIFEST, digest_of, latest_checkpoint, resolve_model_path, step_folders
-
-__all__ = ["MANIFEST", "STATE", "latest_checkpoint", "load_state", "resolve_model_path", "save_checkpoint"]
+from dllm_rl.run_folder import MANIFEST, digest_of, step_folders
 
 STATE = "trainer.pt"
 

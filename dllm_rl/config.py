@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -52,25 +53,33 @@ from dllm_rl.objectives.vrpo import VRPO
 from dllm_rl.objectives.wd1 import WD1
 from dllm_rl.offline import OfflineConfig
 from dllm_rl.optimization import OptimizerConfig
+from dllm_rl.sandbox import SandboxConfig
 from dllm_rl.supervised import SupervisedConfig
 from dllm_rl.task import TaskReward
+from dllm_rl.tasks.code.humaneval import HumanEval
 from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
+from dllm_rl.tasks.math.competition import Math
 from dllm_rl.tasks.math.gsm8k import GSM8K
 from dllm_rl.tasks.math.word_problems import WordProblems
 from dllm_rl.tasks.planning.countdown import Countdown
 from dllm_rl.tasks.planning.sudoku import Sudoku
+from dllm_rl.tasks.planning.sudoku9 import Sudoku9x9
+from dllm_rl.tasks.reasoning_gym import ReasoningGym
 from dllm_rl.training import TrainerConfig
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"tiny": TinyModel},
     "task": {
         "sudoku": Sudoku,
+        "sudoku_9x9": Sudoku9x9,
         "countdown": Countdown,
         "word_problems": WordProblems,
         "gsm8k": GSM8K,
+        "math": Math,
         "program_synthesis": ProgramSynthesis,
         "mbpp": MBPP,
+        "humaneval": HumanEval,
     },
     "sampler": {"low_confidence": LowConfidence},
     "likelihood": {
@@ -115,9 +124,11 @@ SECTIONS: dict[str, dict[str, type]] = {
         "offline": OfflineConfig,
         "optimizer": OptimizerConfig,
         "evaluation": EvaluationConfig,
+        "sandbox": SandboxConfig,
     },
     "sft": {"supervised": SupervisedConfig, "optimizer": OptimizerConfig},
-    "evaluate": {"evaluation": EvaluationConfig},
+    "evaluate": {"evaluation": EvaluationConfig, "sandbox": SandboxConfig},
+    "rollout": {"sandbox": SandboxConfig},
 }
 """Sections of each command's configuration that are no choice among several."""
 
@@ -155,11 +166,26 @@ def load_plugins(names: Sequence[str]) -> None:
             raise UserError(f"plugins={name}: must be a module that can be imported, or a .py file ({error})") from None
 
 
-def register() -> None:
-    """Makes the groups and sections known to Hydra."""
+def register(arguments: Sequence[str] = ()) -> None:
+    """Makes the groups and sections known to Hydra; `arguments` is the command line.
+
+    Raises:
+        UserError: the command line asks for a generator of reasoning_gym that cannot be had.
+    """
     store = ConfigStore.instance()
     for group, choices in GROUPS.items():
         for name, node in choices.items():
             store.store(group=group, name=name, node=node)
     for command, sections in SECTIONS.items():
         store.store(name=f"{command}_sections", node=sections)
+    for name in reasoning_gym_names(arguments):
+        store.store(group="task/reasoning_gym", name=name, node=ReasoningGym(name))
+
+
+def reasoning_gym_names(arguments: Sequence[str]) -> set[str]:
+    """The generators that a command line asks for. Only these are registered: to look one up takes seconds.
+
+    Example: `reasoning_gym_names(["-m", "task=reasoning_gym/gcd,reasoning_gym/lcm"])` is {"gcd", "lcm"}.
+    """
+    tasks = (argument for argument in arguments if argument.startswith("task="))
+    return {name for task in tasks for name in re.findall(r"reasoning_gym/(\w*)", task)}

@@ -4,6 +4,7 @@
 
 `prompt`, `completion` and `reward` are required. Rows with equal `group` (without that column: equal prompts) are responses
 to one prompt and are always learned from together. `likelihood_seed` keys the masks of a row (without it: the row's number).
+`shots` and `prefill` say what else the model read (see task.Prompt).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dllm_rl.errors import UserError, check
 from dllm_rl.experience import Experience, pick
 from dllm_rl.models.policy import Policy
 from dllm_rl.rows import Row, load_placed_rows
+from dllm_rl.task import Prompt
 from dllm_rl.types import Completions
 
 COLUMNS = ("prompt", "completion", "reward")
@@ -60,6 +62,14 @@ class Scored(NamedTuple):
     completion: str
     reward: float
     seed: int
+    shots: tuple[tuple[str, str], ...] = ()
+    """Solved examples before the prompt; with `prefill` and `prompt` what the model was asked (see task.Prompt)."""
+    prefill: str = ""
+
+    @property
+    def asked(self) -> Prompt:
+        """What the model reads."""
+        return Prompt(self.place, self.prompt, shots=self.shots, prefill=self.prefill)
 
 
 class Skipped(NamedTuple):
@@ -128,7 +138,7 @@ def _parse(row: Row, place: str, number: int, policy: Policy, length: int) -> tu
         return f"`reward` is {row['reward']!r}, not a number", None
     if not math.isfinite(reward):
         return f"`reward` is {reward}, not a finite number", None
-    tokens = policy.tokenizer.encode(row["completion"])
+    tokens = policy.tokenizer.encode(row["completion"], add_special_tokens=False)
     if len(tokens) > length:
         return f"`completion` has {len(tokens)} tokens and task.completion_length is {length}", None
     if {policy.mask_id, policy.eos_id} & {*tokens}:
@@ -140,7 +150,15 @@ def _parse(row: Row, place: str, number: int, policy: Policy, length: int) -> tu
         return f"`likelihood_seed` is {seed!r}, not an integer", None
     if not 0 <= seed < 2**63:
         return f"`likelihood_seed` is {seed}, not an integer from 0 to 2^63 - 1", None
-    return "", Scored(place, row["prompt"], row["completion"], reward, seed)
+    shots, prefill = row.get("shots") or [], row.get("prefill") or ""
+    if not isinstance(prefill, str) or not all(_is_pair(shot) for shot in shots):
+        return "`shots` must be pairs of texts (question, answer) and `prefill` a text", None
+    pairs = tuple((str(question), str(answer)) for question, answer in shots)
+    return "", Scored(place, row["prompt"], row["completion"], reward, seed, pairs, prefill)
+
+
+def _is_pair(shot: object) -> bool:
+    return isinstance(shot, list | tuple) and len(shot) == 2 and all(isinstance(text, str) for text in shot)
 
 
 def absent(value: object) -> bool:
@@ -186,7 +204,7 @@ class FileSource:
         rows = [row for group in chosen for row in group]
         device = self.policy.device
         seeds = torch.tensor([row.seed for row in rows])
-        prompts = self.policy.encode_prompts([row.prompt for row in rows], seeds)
+        prompts = self.policy.encode_prompts([row.asked for row in rows], seeds)
         ids = self.policy.encode_completions([row.completion for row in rows], self.completion_length)
         numbers = [number for number, group in enumerate(chosen) for _ in group]
         rewards = torch.tensor([row.reward for row in rows], dtype=torch.float64, device=device)

@@ -1,14 +1,16 @@
 """Rows of a data set: a local file or folder, or a name on the Hugging Face hub.
 
-Local `.jsonl` and `.csv` files are read here, so that an error can name the line and a puzzle such as 0140 stays a
-string; everything else goes through `datasets`.
+Local `.jsonl`, `.jsonl.gz` and `.csv` files are read here, so that an error can name the line and a puzzle such as 0140
+stays a string; everything else goes through `datasets`.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,8 @@ def load_rows(source: str, split: str, required: Sequence[str], config_name: str
     Example: `load_rows("gsm8k/test.jsonl", "test", ("question", "answer"))`
 
     Args:
-        source: a file (`.jsonl`, `.json`, `.csv`, `.parquet`), a folder with one file per split (`train.jsonl`, ...),
-            or the name of a data set on the hub. It is the value of `task.data`.
+        source: a file (`.jsonl`, `.jsonl.gz`, `.json`, `.csv`, `.parquet`), a folder with one file per split
+            (`train.jsonl`, ...), or the name of a data set on the hub. It is the value of `task.data`.
         split: which split of a folder or hub data set; a single file holds one split and is read whole.
         required: columns every row must have.
         config_name: configuration of a hub data set, such as `main` for openai/gsm8k.
@@ -47,8 +49,9 @@ def load_placed_rows(
     path = Path(source).expanduser()
     if path.is_dir():
         path = _split_file(path, split, key)
-    if path.suffix in _READERS:
-        rows: Iterable[tuple[str, Row]] = _READERS[path.suffix](path, key)
+    suffix = ".jsonl.gz" if path.name.endswith(".jsonl.gz") else path.suffix
+    if suffix in _READERS:
+        rows: Iterable[tuple[str, Row]] = _READERS[suffix](path, key)
     else:
         rows = _with_datasets(source, path, split, config_name, key)
     checked = [(place, _checked(row, place, required)) for place, row in rows]
@@ -58,18 +61,21 @@ def load_placed_rows(
 
 
 def _split_file(folder: Path, split: str, key: str) -> Path:
-    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    for suffix in (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"):
         if (folder / f"{split}{suffix}").is_file():
             return folder / f"{split}{suffix}"
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise UserError(f"{key}={folder}: holds no {split}.jsonl, .json, .csv or .parquet (it holds {found})")
+    raise UserError(f"{key}={folder}: holds no {split}.jsonl, .jsonl.gz, .json, .csv or .parquet (it holds {found})")
 
 
 def _text(path: Path, key: str) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{key}={path}: cannot be read ({error.strerror or error})") from None
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"{key}={path}: is no whole gzip file ({error})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
 
@@ -99,7 +105,9 @@ def _csv_lines(path: Path, key: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{path}:{reader.line_num}: is not CSV ({error})") from None
 
 
-_READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {".jsonl": _json_lines, ".csv": _csv_lines}
+_READERS: Mapping[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
+    ".jsonl": _json_lines, ".jsonl.gz": _json_lines, ".csv": _csv_lines,
+}
 
 
 def _with_datasets(
@@ -108,8 +116,8 @@ def _with_datasets(
     formats = {".json": "json", ".parquet": "parquet"}
     local = path.suffix in formats
     if local and not path.is_file():
-        raise UserError(f"{key}={source}: no such file; give a .jsonl, .json, .csv or .parquet file, a folder, "
-                        "or a data set name on the hub")
+        raise UserError(f"{key}={source}: no such file; give a .jsonl, .jsonl.gz, .json, .csv or .parquet file, a "
+                        "folder, or a data set name on the hub")
     import datasets
 
     try:

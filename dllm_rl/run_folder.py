@@ -1,4 +1,4 @@
-"""Which checkpoint of a run folder to load: the newest whose files are those of its manifest."""
+"""Which checkpoint of a run folder to load (the newest whose files are those of its manifest), and which weights it has."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def resolve_model_path(path: str, key: str = "model.path") -> str:
         raise UserError(f"{key}={path}: is a run folder without a complete checkpoint; must be a run folder with one, "
                         "a checkpoint folder, or a hub name")
     return str(newest)
+
+
+def weights_digest(path: str) -> str:
+    """Tells the weights in a folder from others: a hash of the names, sizes and times of its files, or with a manifest of
+    their contents. A hub name stands for itself."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    if (folder / MANIFEST).is_file():
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def step_folders(run_dir: Path) -> list[Path]:

@@ -3,48 +3,98 @@
     program = Program("def double(x):\n    return 2 * x", (Call("double(4)", 8), Call("double(x)", 6, {"x": 3})))
     run_programs([program])[0].status  # "ok"
 
-One fresh interpreter per batch (`sandbox_runner.py`) forks a child per program. The child evaluates and sends values
-over a pipe of its own; expected values stay in this process, and so does the comparison.
+Two processes per program, forked by a worker before it is known what the program is: one runs the program, the other
+its tests (`sandboxing/`). They exchange plain data only. Expected values of a `Call` stay in this process; assertions
+and the nonce that confirms a success stay in the tests' process, which never executes a line of the program.
 
-Covered:
-* A program cannot pass by ending early (`sys.exit(0)`, `os._exit(0)`), printing, or returning objects whose `__eq__`
-  lies: what counts are plain values that arrive on the pipe, and a normal end after the last test.
-* Endless loops, hangs inside C code and ignored signals: SIGKILL to the process group at a wall deadline.
-* Memory, CPU time, file size, descriptors, core files and (unless run by root) further processes and threads are
-  limited; printed text is thrown away and the result pipe is capped.
-* Processes that a program leaves behind are killed, on Linux even those that opened a session of their own.
-* Programs see an empty environment, no descriptor of the caller and an empty temporary folder of their own.
-* A failure of the sandbox itself is `infra_error`, never a failed program.
+Covered on every path:
+* A program cannot pass by ending early (`sys.exit(0)`, `os._exit(0)`), printing, forging messages, returning objects
+  whose `__eq__` lies, redefining builtins, or searching the frames and objects of its interpreter: nothing there knows
+  what is expected. A success is a nonce of this process that comes back after the last test, and exit status 0.
+* Endless loops, hangs inside C code and ignored signals: SIGKILL at a wall deadline.
+* Memory, processor time, descriptors, core files and the size of a file are limited; printed text is thrown away and
+  what a program may send back is capped.
+* A failure of the sandbox itself is `infra_error`, never a failed program; a worker that dies is replaced and the program
+  tried once more. Nothing is left behind, even when this process is killed.
+* Linux on x86-64 and ARM: sockets, signals to other processes and the calls listed in `sandboxing/filter.py` are refused.
 
-Not covered yet; the processes have the rights of the user who starts the training:
-* The file system and the network are open: a program can read and write what the user can, including the environment
-  and memory of other processes of that user where the kernel allows it.
-* The number and total size of files is not limited.
-* A program can kill the runner. The programs not yet finished then become `infra_error`.
-* An `Assertion` runs in the process of the program. A program that walks the frames or the objects of its interpreter
-  can find the nonce that proves success, and an `__eq__` that lies is believed. Prefer a `Call`.
-* Root is exempt from some limits. macOS limits neither memory nor processes that open a session of their own.
+Covered with bubblewrap (Linux): programs see none of this machine's files but the system's libraries and Python's
+standard library, read-only; no environment, network or other process. They write to a /tmp of 16 MB in memory that goes
+with them. The number of processes and threads is limited (not where root may not change users or Python's library is
+unreadable for others; before Linux 5.14 the limit counts all processes of an ordinary user, so that there may be none).
+
+Not covered:
+* Without bubblewrap, only if `sandbox.allow_unisolated` accepts it: a program can read and write the files that the user
+  can; started by root, those of everybody, unless Python's library is readable for others, which lets programs run as
+  a user without any rights. Total disk space is not limited. An ordinary user's programs cannot have threads; those of
+  root that cannot change users have any number of processes. macOS limits neither memory nor processes that open a
+  session of their own.
+* The limit on memory is per process, so that a program may use it as often as it may have processes.
+* Faults of the kernel.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, Literal
+
+from dllm_rl.errors import UserError, check
+from dllm_rl.sandboxing import isolation, pool
+from dllm_rl.sandboxing.codec import decode
 
 Status = Literal["ok", "failed", "timeout", "infra_error"]
 
-_RUNNER = Path(__file__).with_name("sandbox_runner.py")
-_CONFINEMENT_FAILED, _SOURCE_FAILED = -2, -1  # as in sandbox_runner.py
+_SOURCE_FAILED = -1  # as in sandboxing/tester.py
+_START_SECONDS = 30.0
+
+
+def _is_integer(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+@dataclass
+class SandboxConfig:
+    """How programs are run in this process; `configure` puts it into effect.
+
+    Example: `configure(SandboxConfig(workers=8, memory_mb=1024))`
+    """
+
+    allow_unisolated: bool = False
+    """Whether programs may run where bubblewrap does not work, limited but not isolated."""
+    workers: int | None = None
+    """Programs that run at a time; null stands for one per processor."""
+    memory_mb: int = 512
+    """Address space of each process of a program; the interpreter itself takes about 30 MB of it."""
+    processes: int = 16
+    """Processes and threads of a program, itself included."""
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.allow_unisolated, bool), "sandbox.allow_unisolated", self.allow_unisolated, "true or false")
+        check(self.workers is None or _is_integer(self.workers, 1, 1024), "sandbox.workers", self.workers,
+              "null or an integer from 1 to 1024")
+        check(_is_integer(self.memory_mb, 64, 1 << 20), "sandbox.memory_mb", self.memory_mb, "an integer from 64 to 1048576")
+        check(_is_integer(self.processes, 1, 1024), "sandbox.processes", self.processes, "an integer from 1 to 1024")
+
+
+_config = SandboxConfig()
+
+
+def configure(config: SandboxConfig) -> None:
+    """Sets how all programs of this process are run from now on."""
+    global _config
+    _config = config
+
+
+def close() -> None:
+    """Ends the idle workers of this process, which otherwise end by themselves: soon, and at the latest with it."""
+    pool.close_all()
 
 
 @dataclass(frozen=True)
@@ -53,27 +103,27 @@ class Limits:
 
     seconds: float = 5.0
     """Wall clock per program; the limit on CPU time is the next whole second but one."""
-    memory_mb: int = 512
-    """Address space per program; the interpreter itself takes about 30 MB of it."""
+    memory_mb: int | None = None
+    """Address space of each process; None: as configured."""
     output_bytes: int = 65536
     """What a program may send back; more of it and the program has failed."""
     file_mb: int = 1
     """Size of one file."""
     workers: int | None = None
-    """Programs that run at a time; None: one per processor."""
+    """Programs that run at a time; None: as configured."""
     batch_seconds: float | None = None
     """Wall clock for the batch; what has not finished by then is `infra_error`. None: enough for all to time out."""
 
     @property
     def parallel(self) -> int:
         """How many programs run at a time."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or _config.workers or os.cpu_count() or 1
 
     def batch_deadline(self, count: int) -> float:
         """Seconds after which a batch of `count` programs is given up."""
         if self.batch_seconds is not None:
             return self.batch_seconds
-        return 20 + math.ceil(count / self.parallel) * (self.seconds + 0.5)
+        return 20 + math.ceil(count / self.parallel) * (self.seconds + 1.5)
 
 
 @dataclass(frozen=True)
@@ -94,14 +144,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Assertion:
-    """A test that passes when the code runs to its end and reaches at least one `assert`. Weaker than a `Call`.
+    """A test that passes when the code runs to its end and reaches at least one `assert`.
+
+    The code runs in a process of its own, where the program's names are stand-ins. Calls take and return copies of plain
+    data, so that the code does not see what a program does to its arguments. Other objects stay with the program: they
+    can be called, passed back, indexed and iterated, have attributes, and are equal to nothing.
 
     Example: `Assertion("for n in range(9): assert is_even(2 * n)")`
     """
 
     code: str
     setup: str = ""
-    """Trusted code that comes first; its names hide those of the program."""
+    """Trusted code that comes first; its names, like those of Python's builtins, hide those of the program."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +189,18 @@ class Outcome:
 
 
 def run_programs(programs: Sequence[Program], limits: Limits | None = None) -> list[Outcome]:
-    """The outcome of each program, in their order. Never raises for anything that a program does."""
+    """The outcome of each program, in their order. Never raises for anything that a program does.
+
+    Raises UserError if programs cannot be isolated here and `sandbox.allow_unisolated` is not set.
+    """
     if not programs:
         return []
     limits = limits or Limits()
-    reports, trouble = _run_batch(_batch(programs, limits), limits.batch_deadline(len(programs)))
-    return [
-        _judged(program, reports[index]) if index in reports else
-        Outcome("infra_error", (False,) * len(program.tests), trouble)
-        for index, program in enumerate(programs)
-    ]
+    jobs = [{"source": program.source, "tests": [_job(test) for test in program.tests], "limits": _bounds(limits)}
+            for program in programs]
+    workers = pool.pool_of(_launch(_config.allow_unisolated))
+    reports = pool.Batch(workers, jobs, limits.parallel, limits.batch_deadline(len(jobs))).run()
+    return [_judged(program, report) for program, report in zip(programs, reports, strict=True)]
 
 
 def assert_to_test(statement: str) -> Call | Assertion:
@@ -167,114 +223,75 @@ def assert_to_test(statement: str) -> Call | Assertion:
     return Assertion(statement)
 
 
-def _batch(programs: Sequence[Program], limits: Limits) -> bytes:
-    """The job of the runner; it leaves the expected values out."""
-    jobs = [{"source": program.source, "tests": [_job(test) for test in program.tests]} for program in programs]
-    bounds = {"seconds": limits.seconds, "memory_mb": limits.memory_mb, "output_bytes": limits.output_bytes,
-              "file_mb": limits.file_mb, "workers": limits.parallel}
-    return json.dumps({"limits": bounds, "programs": jobs}).encode()
+@lru_cache(maxsize=2)
+def _launch(allow_unisolated: bool) -> isolation.Launch:
+    """How workers are started in this process, found out once."""
+    reason = "bubblewrap (bwrap) is not installed; install it (apt install bubblewrap)"
+    if isolation.executable():
+        for launch in isolation.launches():
+            trouble = pool.pool_of(launch).try_out(_START_SECONDS)
+            if not trouble:
+                return launch
+            reason = f"bubblewrap (bwrap) does not work here ({trouble}); mend that"
+    if not allow_unisolated:
+        raise UserError(f"sandbox: {reason} or accept programs that run without isolation with "
+                        "sandbox.allow_unisolated=true")
+    warnings.warn(f"programs run without isolation, because {reason.split(';')[0]}", stacklevel=3)
+    return isolation.plain_launch()
 
 
 def _job(test: Call | Assertion) -> dict[str, Any]:
+    """What a worker is told of a test: never the expected value."""
     if isinstance(test, Assertion):
         return {"assertion": test.code, "setup": test.setup}
     return {"expression": test.expression, "arguments": dict(test.arguments)}
 
 
-def _run_batch(batch: bytes, seconds: float) -> tuple[dict[int, dict[str, Any]], str]:
-    """The reports by index of the program, and why some are missing."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="dllm-rl-", ignore_cleanup_errors=True) as folder:
-            output, trouble = _run_runner(batch, folder, seconds)
-    except OSError as error:
-        return {}, f"the sandbox could not start: {error}"
-    reports = {}
-    for line in output.split(b"\n")[:-1]:
-        report = json.loads(line)
-        reports[report["index"]] = report
-    return reports, trouble
+def _bounds(limits: Limits) -> dict[str, Any]:
+    return {"seconds": limits.seconds, "memory_mb": limits.memory_mb or _config.memory_mb,
+            "output_bytes": limits.output_bytes, "file_mb": limits.file_mb, "processes": _config.processes}
 
 
-def _run_runner(batch: bytes, folder: str, seconds: float) -> tuple[bytes, str]:
-    with subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_RUNNER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, cwd=folder, env={}, start_new_session=True,
-    ) as runner:
-        try:
-            output, errors = runner.communicate(batch, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            runner.kill()
-            return runner.communicate()[0], f"the batch did not finish within {seconds:g} s"
-        except BaseException:  # an interrupt must not leave it behind
-            runner.kill()
-            raise
-    reason = errors.decode(errors="replace").strip().split("\n")[-1]
-    return output, f"the sandbox ended with code {runner.returncode} {reason}".strip()
-
-
-def _judged(program: Program, report: Mapping[str, Any]) -> Outcome:
-    """The outcome by the records of a child: for each test one record, in order, all of them genuine."""
+def _judged(program: Program, report: pool.Report) -> Outcome:
+    """The outcome by the records of a tester: for each test one record, in order."""
     nothing = (False,) * len(program.tests)
-    try:
-        records = [(int(index), json.loads(text)) for index, _, text in (r.partition(" ") for r in report["records"])]
-    except (ValueError, RecursionError):
-        return Outcome("failed", nothing, "sent records that cannot be read")
-    if records and records[0][0] == _CONFINEMENT_FAILED:
-        return Outcome("infra_error", nothing, f"the program could not be confined: {records[0][1].get('error')}")
-    source_failed = bool(records) and records[0][0] == _SOURCE_FAILED
-    in_order = [index for index, _ in records] == list(range(len(records))) and len(records) <= len(program.tests)
-    if report["forged"] or not (in_order or source_failed):
-        return Outcome("failed", nothing, "sent records that are not the sandbox's")
-    graded = [_grade(test, record) for test, (_, record) in zip(program.tests, records, strict=False)]
+    if report.ending == "infra":
+        return Outcome("infra_error", nothing, report.trouble)
+    if report.records and report.records[0]["test"] == _SOURCE_FAILED:
+        return Outcome("failed", nothing, report.records[0]["error"])
+    graded = [_grade(test, record) for test, record in zip(program.tests, report.records, strict=False)]
     passed = tuple(not error for error in graded) + nothing[len(graded):]
-    first_error = next((error for error in graded if error), "")
-    return _summed_up(passed, first_error, report)
+    return _summed_up(passed, next((error for error in graded if error), ""), report)
 
 
-def _summed_up(passed: tuple[bool, ...], error: str, report: Mapping[str, Any]) -> Outcome:
-    if report["ending"] == "timeout" or report["code"] == -signal.SIGXCPU:  # by threads
+_ENDINGS = {"output": "sent more than the sandbox accepts", "garbage": "sent messages that are not the sandbox's",
+            "killed": "the process of its tests was killed"}
+
+
+def _summed_up(passed: tuple[bool, ...], error: str, report: pool.Report) -> Outcome:
+    if report.ending == "timeout" or report.code == -signal.SIGXCPU:  # by threads
         return Outcome("timeout", passed, error or "did not finish in time")
-    if report["ending"] == "output":
-        return Outcome("failed", (False,) * len(passed), "sent more than the sandbox accepts")
-    if report["code"] != 0:
-        return Outcome("failed", (False,) * len(passed), error or f"ended with code {report['code']}")
-    if all(passed):
+    if report.ending in _ENDINGS:
+        return Outcome("failed", (False,) * len(passed), _ENDINGS[report.ending])
+    if report.code:
+        return Outcome("failed", (False,) * len(passed), error or f"ended with code {report.code}")
+    if all(passed) and report.confirmed:
         return Outcome("ok", passed)
     return Outcome("failed", passed, error or "ended before its last test")
 
 
-def _grade(test: Call | Assertion, record: Any) -> str:
+def _grade(test: Call | Assertion, record: Mapping[str, Any]) -> str:
     """What is wrong with the record of a test; empty for a pass."""
-    if not isinstance(record, dict) or "value" not in record:
-        return str(record.get("error") if isinstance(record, dict) else "")[:200] or "no value"
+    if "value" not in record:
+        return str(record["error"]) or "no value"
     if isinstance(test, Assertion):
         return "" if record["value"] is True else "the assertion did not hold"
     try:
-        value = _decoded(record["value"])
+        value = decode(record["value"])
         equal = _same(value, test.expected) if test.same_type else bool(value == test.expected)
         return "" if equal else f"{test.expression} is {str(value)[:100]}"
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         return f"the value cannot be read: {error}"
-
-
-_CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
-    "tuple": lambda items: tuple(_decoded(item) for item in items),
-    "set": lambda items: {_decoded(item) for item in items},
-    "frozenset": lambda items: frozenset(_decoded(item) for item in items),
-    "dict": lambda pairs: {_decoded(key): _decoded(item) for key, item in pairs},
-    "bytes": bytes.fromhex,
-    "complex": lambda parts: complex(*parts),
-}
-
-
-def _decoded(value: Any) -> Any:
-    """Plain data from its JSON form; the way there is `_encode` in sandbox_runner.py."""
-    if isinstance(value, list):
-        return [_decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, items),) = value.items()
-    return _CONTAINERS[kind](items)
 
 
 def _same(value: Any, expected: Any) -> bool:

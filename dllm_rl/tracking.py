@@ -25,9 +25,11 @@ RESUME = ("never", "auto", "overwrite")
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl")
 PACKAGES = ("torch", "transformers", "accelerate", "einops", "hydra-core", "datasets", "tokenizers", "safetensors")
 # Keys that may differ between a run and its continuation: they do not change what a step computes.
-FREE_KEYS = ("resume", "run_dir", "output_dir", "model.path", "trainer.steps", "trainer.save_every", "trainer.keep",
-             "trainer.eval_every", "trainer.micro_samples", "supervised.save_every", "supervised.keep",
-             "supervised.log_every")
+FREE_KEYS = (
+    "resume", "run_dir", "output_dir", "model.path", "trainer.steps", "trainer.save_every", "trainer.keep",
+    "trainer.eval_every", "trainer.micro_samples", "supervised.save_every", "supervised.keep", "supervised.log_every",
+    "sandbox.workers", "sandbox.allow_unisolated",
+)
 
 
 class RunFolder:
@@ -93,7 +95,7 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                replace_text(path, "".join(line for line in lines if _complete(line) and json.loads(line)["step"] <= steps))
+                replace_text(path, "".join(line for line in lines if complete(line) and json.loads(line)["step"] <= steps))
 
     def plot(self) -> Path:
         """Draws mean reward per step and the evaluations into plots/reward.png."""
@@ -108,8 +110,8 @@ class RunFolder:
                   color="tab:blue", alpha=0.6)
         evaluations = self.read("evaluations.jsonl")
         for metric, marker in (("greedy/reward", "s"), ("sampled/reward", "o")):
-            axes.plot([row["step"] for row in evaluations], [row[metric] for row in evaluations], marker=marker,
-                      label=f"test, {metric.split('/')[0]}")
+            if points := [(row["step"], row[metric]) for row in evaluations if metric in row]:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=f"test, {metric.split('/')[0]}")
         axes.set(xlabel="update", ylabel="reward", ylim=(0, 1.02), title=self.path.name)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
@@ -177,7 +179,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     (console if console.is_terminal else Console(width=120)).print(grid)  # a log file has no width to fit
 
 
-def _complete(line: str) -> bool:
+def complete(line: str) -> bool:
     """A killed process may leave half a line at the end."""
     return line.endswith("\n")
 

@@ -30,7 +30,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from dllm_rl.accumulate import Engine
-from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.estimators import (
     Bernoulli,
@@ -48,6 +47,7 @@ from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.objectives.aggregation import Totals
 from dllm_rl.objectives.reinforce import Reinforce
+from dllm_rl.run_folder import resolve_model_path
 from dllm_rl.scoring import Masks
 from dllm_rl.tasks.math.word_problems import WordProblems
 from dllm_rl.types import Completions, Corruption

@@ -20,6 +20,7 @@ from dllm_rl.tracking import table
 ROOT = Path("outputs/quickstart")
 COMMAND = Path(sys.executable).with_name("dllm-rl")
 # Longest first, so that two workers end at about the same time.
+UNISOLATED = ("sandbox.allow_unisolated=true",)  # expressions of a tiny model; bubblewrap is used where it is there
 TASKS = ("sudoku", "program_synthesis", "word_problems")
 
 
@@ -29,7 +30,7 @@ def commands(task: str) -> list[list[str]]:
     return [
         ["sft", f"task={task}", f"run_dir={sft}", "resume=overwrite"],
         ["train", "algorithm=bgpo", f"task={task}", f"model.path={sft}", "likelihood.num_samples=4",
-         f"run_dir={train}", "resume=overwrite"],
+         f"run_dir={train}", "resume=overwrite", *(UNISOLATED if task == "program_synthesis" else ())],
     ]
 
 

@@ -29,10 +29,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.errors import UserError
 from dllm_rl.models.reward_model import encode
 from dllm_rl.rows import load_placed_rows
+from dllm_rl.run_folder import resolve_model_path
 
 
 def held_out(prompt: str) -> bool:

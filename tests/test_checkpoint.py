@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dllm_rl.checkpoint import MANIFEST, STATE, latest_checkpoint, load_state, resolve_model_path, save_checkpoint
+from dllm_rl.checkpoint import STATE, load_state, save_checkpoint
 from dllm_rl.errors import UserError
+from dllm_rl.run_folder import MANIFEST, latest_checkpoint, resolve_model_path
 from tests.conftest import make_policy
 
 

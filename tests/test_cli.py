@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from dllm_rl import evaluation
 from dllm_rl.cli import main
 from dllm_rl.config import GROUPS
 
@@ -55,6 +56,13 @@ def good(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def bad(folder: Path, *arguments: str) -> str:
+    """The one line of an error of the user's."""
+    done = dllm(folder, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+    return done.stderr
+
+
 def module(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`python -m dllm_rl.NAME ARGUMENTS` in a process of its own."""
     return subprocess.run(
@@ -76,7 +84,7 @@ def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
     assert all(command in text for command in ("sft", "train", "evaluate", "generate"))
     text = good(tmp_path, "train", "--help")
     for line in ("algorithm: agrpo, bgpo", "likelihood: bernoulli, block, coupled", "sampler: low_confidence",
-                 "task: countdown, gsm8k, mbpp, program_synthesis, sudoku, word_problems", "num_samples: 16"):
+                 "task: countdown, gsm8k, humaneval, math, mbpp, program_synthesis, sudoku, sudoku_9x9, word_problems", "num_samples: 16"):
         assert line in text
 
 
@@ -161,7 +169,61 @@ def test_evaluate_writes_results(tmp_path: Path, start: Path) -> None:
     assert result["metric"] == "greedy/reward" and result["n"] == 6
     assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
     assert {row["metric"] for row in result["metrics"]} >= {"sampled/reward", "greedy/cell"}
-    assert len((tmp_path / "e" / "answers.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "e" / "samples.jsonl").read_text().splitlines()) == 12
+    assert sum(result["verdicts"]["greedy"].values()) == 6
+    assert result["protocol"] == "plain" and result["nfe"] == 10 and result["tokens_per_second"] > 0
+    assert set(result["pass@k"]) == {"1"} and result["pass@k"]["1"]["metric"] == "pass@1"
+    assert "| greedy/reward | 6 |" in (tmp_path / "e" / "results.md").read_text()
+    assert (tmp_path / "e" / "results.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_evaluate_takes_several_tasks_and_a_baseline(tmp_path: Path, start: Path) -> None:
+    good(tmp_path, "sft", "task=sudoku", *SMALL[:3], "supervised.steps=2", "seed=5", "run_dir=other")
+    text = good(
+        tmp_path, "evaluate", "task=sudoku,countdown", "task.countdown.numbers=4", "task.countdown.completion_length=24",
+        f"model.path={start}", "baseline=other", "evaluation.num_prompts=5", "evaluation.samples=4", "evaluation.k=[1,3]",
+    )
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name.startswith("evaluate-sudoku+countdown-start-")
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == ["sudoku", "countdown"]
+    assert results["countdown"]["prompt"].count(",") == 3 and results["sudoku"]["prompt"].count("\n") == 4
+    for result in results.values():
+        assert set(result["pass@k"]) == {"1", "3"}
+        comparison, ours, theirs = result["comparison"]["greedy/reward"], result["value"], result["baseline"]["value"]
+        assert comparison["delta"] == pytest.approx(ours - theirs) and comparison["n"] == 5
+        assert "pass@3" in result["comparison"]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 2 * 5 * (1 + 4)
+    assert {(row["task"], row["of"]) for row in samples} == {(t, o) for t in results for o in ("model", "baseline")}
+    assert "baseline" in text and "difference" in text
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path: Path, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("evaluate", "task=sudoku", f"model.path={start}", "evaluation.num_prompts=8", "evaluation.samples=2",
+                 "sampler.batch_size=4")
+    good(tmp_path, *arguments, "run_dir=whole")
+    whole = [json.loads(line) for line in (tmp_path / "whole/samples.jsonl").read_text().splitlines()]
+    good(tmp_path, *arguments, "run_dir=cut")
+    kept = (tmp_path / "cut/samples.jsonl").read_text().splitlines(keepends=True)[:11]
+    (tmp_path / "cut/samples.jsonl").write_text("".join(kept) + '{"task": "sudoku", "of')  # killed in the middle of a line
+    asked: list[int] = []
+    original = evaluation.rollout
+    monkeypatch.setattr(evaluation, "rollout", lambda *args, **kw: asked.append(len(args[3])) or original(*args, **kw))
+    assert "11 of 24 completions are there" in good(tmp_path, *arguments, "run_dir=cut")
+    assert sum(asked) == 13
+    again = [json.loads(line) for line in (tmp_path / "cut/samples.jsonl").read_text().splitlines()]
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in whole]
+    asked.clear()
+    good(tmp_path, *arguments, "run_dir=cut", "resume=overwrite")
+    assert sum(asked) == 24
+    assert "was started with another configuration (seed was 0 and is 1)" in bad(
+        tmp_path, *arguments, "run_dir=cut", "seed=1")
+
+
+def test_the_protocol_is_chosen_with_one_word(tmp_path: Path, start: Path) -> None:
+    assert "task.protocol=nonsense: must be" in bad(
+        tmp_path, "evaluate", "task=sudoku", f"model.path={start}", "protocol=nonsense")
 
 
 def test_generate_shows_the_order(tmp_path: Path, start: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.assess import assess, at_the_end
-from dllm_rl.checkpoint import latest_checkpoint, load_state
+from dllm_rl.checkpoint import load_state
 from dllm_rl.critic import Critic, CriticConfig
 from dllm_rl.diffusion.estimators import Trajectory
 from dllm_rl.errors import UserError
@@ -20,6 +20,7 @@ from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.value_head import ValueModel
 from dllm_rl.objectives.ppo_clip import PPOClip
 from dllm_rl.optimization import Optimizer, OptimizerConfig
+from dllm_rl.run_folder import latest_checkpoint
 from dllm_rl.task import Prompt, Reward, Task
 from dllm_rl.trainer import train
 from dllm_rl.training import Training

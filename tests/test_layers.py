@@ -10,11 +10,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
-    ("errors", "types", "task", "rows", "sandbox", "sandbox_runner", "memory", "run_folder"),
+    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandboxing", "memory",
+     "run_folder"),
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
-    ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "supervised", "critic", "kl_reward",
-     "training", "assess", "update", "trainer", "lm_eval_model"),
+    ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",
+     "critic", "kl_reward", "training", "assess", "update", "trainer", "lm_eval_model"),
     ("config", "commands", "cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -236,3 +236,14 @@ def test_completions_that_are_not_chosen_cost_no_pass(tmp_path: Path) -> None:
     passes = count_passes(run.policy)
     train(run)
     assert passes == [6], "one completion of each of the six prompts"
+
+
+def test_rows_keep_what_else_the_model_read(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": text, "reward": reward, "shots": [["1", "2"]], "prefill": "so "}
+            for text, reward in (("a", 0.0), ("b", 1.0))]
+    write_scored(rows, tmp_path / "file.jsonl")
+    groups, _ = load(str(tmp_path / "file.jsonl"), tiny())
+    assert tiny().render(groups[0][0].asked) == "12\n\nqso "
+    write_scored([{**row, "shots": [["1"]]} for row in rows], tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="`shots` must be pairs of texts"):
+        load(str(tmp_path / "bad.jsonl"), tiny())

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import TinyModel, build_tokenizer
+from dllm_rl.task import Prompt
 from dllm_rl.types import Completions
 from tests.conftest import make_completions, make_policy
 
@@ -156,3 +157,30 @@ def test_decode_stops_at_eos(policy: Policy) -> None:
 def test_bad_sizes_name_their_key(fields: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         TinyModel(**fields)  # type: ignore[arg-type]
+
+
+TEMPLATE = ("{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+SOLVED = Prompt("1", "2+2=", shots=(("1+1=", "2"),), prefill="I say ")
+
+
+def test_prompts_are_laid_out_by_the_chat_template() -> None:
+    policy = make_policy(torch.float32)
+    assert policy.render(SOLVED) == "1+1=2\n\n2+2=I say "
+    assert policy.render("2+2=") == "2+2="
+    policy.tokenizer.chat_template = TEMPLATE
+    chatting = Policy(policy.network, policy.tokenizer)
+    assert chatting.render(SOLVED) == "<user>1+1=<assistant>2<user>2+2=<assistant>I say "
+    assert chatting.render("2+2=") == "<user>2+2=<assistant>"
+    batch = chatting.encode_prompts([SOLVED, "q"], torch.arange(2))
+    assert chatting.tokenizer.decode(batch.ids[0]) == chatting.render(SOLVED)
+    assert chatting.tokenizer.decode(batch.ids[1][batch.mask[1]]) == "<user>q<assistant>"
+
+
+def test_the_chat_template_can_be_left_out(tmp_path: Path) -> None:
+    policy = make_policy(torch.float32)
+    policy.tokenizer.chat_template = TEMPLATE
+    policy.save(tmp_path)
+    with_template = TinyModel(path=str(tmp_path)).build([], 0)
+    without = TinyModel(path=str(tmp_path), chat_template=False).build([], 0)
+    assert (with_template.render("q"), without.render("q")) == ("<user>q<assistant>", "q")

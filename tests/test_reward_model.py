@@ -22,16 +22,20 @@ from tests.test_trainer import Letters
 PAIRS = [("q", "abcd"), ("qq", "A"), ("qqq", "xy z"), ("q", "")]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_reward_model(folder: Path) -> None:
     """A reward model of random weights with three outputs."""
-    folder = tmp_path_factory.mktemp("model") / "reward"
     tokenizer = build_tokenizer([])
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                          num_attention_heads=2, num_labels=3, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     LlamaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "reward"
+    save_reward_model(folder)
     return folder
 
 

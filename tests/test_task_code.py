@@ -16,7 +16,8 @@ import pytest
 from dllm_rl.errors import UserError
 from dllm_rl.task import Prompt
 from dllm_rl.tasks.code import mbpp, program_synthesis
-from dllm_rl.tasks.code.mbpp import MBPP, extract_code, fenced, prompt_text
+from dllm_rl.tasks.code.grading import extract_code, fenced
+from dllm_rl.tasks.code.mbpp import MBPP, prompt_text
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
 
 ROWS = [
@@ -166,7 +167,7 @@ def test_equal_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_failing_sandbox_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     assert ProgramSynthesis().score(QUESTION, "x*2+3").verdict == "infra_error"
-    prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": ""})
+    prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": "def f(): return 1"})
     assert MBPP().score(prompt, "def f(): return 1").verdict == "infra_error"
 
 
@@ -249,10 +250,87 @@ def test_setup_code_and_other_assertions_run(tmp_path: Path) -> None:
     assert [reward.value for reward in task.score_batch([prompt] * 2, answers)] == [1.0, 0.0]
 
 
+def whole_file(tmp_path: Path) -> str:
+    rows = [{**ROWS[0], "task_id": number, "text": f"Write a function to add ({number}).\r\n"}
+            for number in (2, 3, 4, 11, 601)]
+    return write_rows(tmp_path / "all.jsonl", rows)
+
+
+def test_protocols_of_mbpp(tmp_path: Path) -> None:
+    data = whole_file(tmp_path)
+    prompts = {name: MBPP(data=data, protocol=name).prompts("test")[0] for name in MBPP.protocols}
+    assert prompts["plain"] == MBPP(data=data).prompts("test")[0]
+    assert prompts["plain"].shots == prompts["drift"].shots == ()
+    assert prompts["bgpo"].text.endswith("tests:\n\n assert add(1, 2) == 3\nassert add(2, 2) == 4  \n")
+    assert prompts["drift"].text.startswith(
+        "Write a function to add (11).\nYour code should pass the test:\nassert add(1, 2) == 3\n\nPlace your code")
+    assert "== 4" not in prompts["drift"].text
+    assert {prompt.data["asserts"] for prompt in prompts.values()} == {("assert add(1, 2) == 3", "assert add(2, 2) == 4")}
+
+
+def test_solved_examples_are_rows_2_to_4_of_the_data(tmp_path: Path) -> None:
+    task = MBPP(data=whole_file(tmp_path), protocol="bgpo")
+    shots = task.prompts("train")[0].shots
+    assert [re.findall(r"\((\d)\)", question) for question, _ in shots] == [["2"], ["3"], ["4"]]
+    assert {answer for _, answer in shots} == {"[BEGIN]\n 'def add(a, b):\n\treturn a + b' \n[DONE]"}
+    for question, answer in shots:
+        assert "\r" not in question + answer
+        assert task.score(task.prompts("test")[0], answer).verdict == "correct"
+    assert task.demonstrations(1, 0)[0].completion == shots[0][1]
+
+
+def test_solved_examples_must_be_in_the_data(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "all.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"^task.data=.*all.jsonl: holds no row of task_id 2; task.protocol=bgpo shows"):
+        MBPP(data=data, protocol="bgpo").prompts("test")
+    write_rows(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"holds no prompt\.jsonl"):
+        MBPP(data=str(tmp_path), protocol="bgpo").prompts("test")
+    assert len(MBPP(data=data).prompts("test")) == 2
+
+
+@pytest.mark.parametrize(("field", "bad"), [("protocol", "bare"), ("reward", "half"), ("timeout_seconds", True)])
+def test_bad_fields_of_mbpp_are_named(field: str, bad: object) -> None:
+    with pytest.raises(UserError, match=f"^task.{field}={bad}: must be "):
+        MBPP(**{field: bad})  # type: ignore[arg-type]
+
+
+def test_every_row_has_a_right_and_a_wrong_answer(tmp_path: Path) -> None:
+    task = MBPP(data=whole_file(tmp_path))
+    prompts, right, wrong = zip(*task.solved_rows(), strict=True)
+    assert [prompt.id for prompt in prompts] == ["prompt/2", "prompt/3", "prompt/4", "test/11", "train/601"]
+    assert [reward.value for reward in task.score_batch([*prompts, *prompts], [*right, *wrong])] == [1.0] * 5 + [0.0] * 5
+    names: dict[str, Any] = {}
+    exec(extract_code(wrong[0]), names)
+    assert [names["add"](2, 3), names["add"](True, False), names["add"]("a", "b")] == [6, 2, "ab?"]
+    assert names["add"]([1], [2]) == [1, 2, 0]
+
+
+def test_modules_of_an_assertion_are_its_own(tmp_path: Path) -> None:
+    row = {**ROWS[1], "code": "import sys\ndef size(x): return sys.getsizeof(x)",
+           "test_list": ["assert size(5) == sys.getsizeof(5)"]}
+    task = MBPP(data=write_rows(tmp_path / "all.jsonl", [row]))
+    answers = ["import sys\ndef size(x): return sys.getsizeof(x)", "def size(x): return x.__sizeof__()",
+               "class sys:\n    def getsizeof(x): return 0\ndef size(x): return 0"]
+    rewards = task.score_batch(list(task.prompts("test")) * 3, answers)
+    assert [reward.value for reward in rewards] == [1.0, 1.0, 0.0]
+
+
+def test_fingerprints_of_mbpp_find_the_questions_that_both_splits_have() -> None:
+    task = MBPP(data=data_file())
+    fingerprints = {prompt.id: task.fingerprint(prompt) for split in ("train", "test") for prompt in task.prompts(split)}
+    test = {text: name for name, text in fingerprints.items() if name.startswith("test")}
+    shared = {(name, test[text]) for name, text in fingerprints.items() if name.startswith("train") and text in test}
+    assert shared == {("train/602", "test/217"), ("train/704", "test/248"), ("train/872", "test/216")}
+    assert task.fingerprint(MBPP(data=data_file(), protocol="bgpo").prompts("test")[0]) == fingerprints["test/11"]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"code": None}, "has no `code`"), ({"test_list": []}, r"test_list=\[\]: must be a list of at least one"),
     ({"test_list": "assert True"}, "test_list=assert True: must be a list"), ({"text": 3}, "text=3: must be a string"),
     ({"task_id": "x"}, "task_id=x: must be an integer"),
+    ({"test_list": ["add(1, 2)"]}, "test_list: `add.1, 2.`: must be Python with an `assert`"),
+    ({"test_list": ["assert ("]}, "test_list: `assert .`: must be Python with an `assert`"),
 ])
 def test_bad_rows_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     rows = [ROWS[0], {key: item for key, item in {**ROWS[1], **change}.items() if item is not None}]
@@ -267,7 +345,7 @@ def test_file_without_the_split_is_an_error(tmp_path: Path) -> None:
 
 
 def test_reference_programs_of_the_real_file_score_one() -> None:
-    task = MBPP(data=data_file())
+    task = MBPP(data=data_file(), timeout_seconds=30)  # row 123 takes seconds
     train, test = task.prompts("train"), task.prompts("test")
     assert (len(train), len(test)) == (374, 500)
     prompts = [*train[::4], *test[::4]]

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 
 from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.assess import assess
-from dllm_rl.checkpoint import latest_checkpoint, load_state
+from dllm_rl.checkpoint import load_state
 from dllm_rl.diffusion.estimators import StratifiedCounts
 from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.errors import UserError
 from dllm_rl.evaluation import EvaluationConfig
-from dllm_rl.experience import RolloutSource, collect, pick
+from dllm_rl.experience import Failures, RolloutSource, collect, pick
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
@@ -24,6 +25,7 @@ from dllm_rl.objectives.dppo import DPPO
 from dllm_rl.objectives.ppo_clip import GRPO
 from dllm_rl.objectives.reinforce import Reinforce
 from dllm_rl.optimization import Optimizer, OptimizerConfig
+from dllm_rl.run_folder import latest_checkpoint
 from dllm_rl.supervised import FineTuning, SupervisedConfig, finetune
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
 from dllm_rl.tracking import RunFolder
@@ -69,7 +71,10 @@ def training(folder: Path, steps: int, *, policy: Policy | None = None, task: Ta
     total = steps * trainer.inner_updates
     optimizer = Optimizer(OptimizerConfig(lr=3e-3, warmup_steps=2), policy.network.parameters(), total)
     task = task or Letters()
-    source = RolloutSource(policy, task, task, LowConfidence(), trainer.prompts_per_step, trainer.group_size, seed=0)
+    source = RolloutSource(
+        policy, task, task.prompts("train"), task, LowConfidence(), trainer.prompts_per_step, trainer.group_size, seed=0,
+        failures=Failures(1.0),
+    )
     return Training(
         policy=policy, task=task, source=source, sampler=LowConfidence(), likelihood=StratifiedCounts(num_samples=2),
         objective=BGPO(), advantage=AdvantageConfig(), optimizer=optimizer, config=trainer,
@@ -238,10 +243,11 @@ def test_groups_without_a_signal_are_counted(tmp_path: Path) -> None:
     assert assess(run, replace(experience, rewards=rewards)).metrics["reward/zero_advantage_groups"] == 3
 
 
-def test_a_failing_grader_stops_the_run() -> None:
-    task = Letters(infra_every=1)
-    with pytest.raises(RuntimeError, match="failed on 16 of 16"):
-        collect(tiny(), task, task, LowConfidence(), task.prompts("train")[:2], 8, seed=0, step=1)
+def test_a_failing_grader_stops_the_run(tmp_path: Path) -> None:
+    run = training(tmp_path, 1, task=Letters(infra_every=4))
+    run.source = replace(run.source, failures=Failures(0.2))
+    with pytest.raises(UserError, match="failed on 8 of the last 32"):
+        train(run)
 
 
 def test_experience_metrics_by_hand() -> None:

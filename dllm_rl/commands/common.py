@@ -19,10 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
+from dllm_rl import sandbox
+from dllm_rl.checkpoint import load_state
 from dllm_rl.config import load_plugins, register
 from dllm_rl.errors import UserError, bad_value
 from dllm_rl.models.policy import Policy
+from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
 from dllm_rl.tracking import FREE_KEYS, RunFolder
 
 Settings = dict[str, Any]
@@ -35,11 +37,7 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
     the process with one line on stderr and exit code 2.
     """
     _quiet_libraries()
-    try:
-        register()
-        load_plugins(plugin_names(sys.argv[1:]))
-    except UserError as error:
-        fail(str(error))
+    sys.argv[1:] = [re.sub("^protocol=", "task.protocol=", argument) for argument in sys.argv[1:]]
     # Hydra would print its own multi-line message and exit; with this it raises, and the message below is one line.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
@@ -51,7 +49,11 @@ def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> No
             fail(str(error))
 
     try:
+        register(sys.argv[1:])
+        load_plugins(plugin_names(sys.argv[1:]))
         entry()
+    except UserError as error:
+        fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing is left to say on stdout
@@ -67,7 +69,7 @@ def plugin_names(arguments: Sequence[str]) -> list[str]:
 
 
 def instances(config: DictConfig) -> Settings:
-    """The configuration as instances of the dataclasses, each of which checks its own values."""
+    """The configuration as instances of the dataclasses, each of which checks its own values. `sandbox` takes effect."""
     try:
         settings = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -75,6 +77,8 @@ def instances(config: DictConfig) -> Settings:
             raise error.__cause__ from None
         raise
     assert isinstance(settings, dict)
+    if "sandbox" in settings:
+        sandbox.configure(settings["sandbox"])
     return {str(key): value for key, value in settings.items()}
 
 
@@ -95,15 +99,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def run_directory(command: str, settings: Settings, names: Sequence[str]) -> Path:
+def run_directory(command: str, settings: Settings, names: Sequence[str], labels: Sequence[str] | None = None) -> Path:
     """`run_dir` if given, else a name that depends on the configuration only: no clock, so that a run can be found again.
 
+    It begins with the choices in the groups `names`, or with `labels` in their place.
     Example: outputs/train-sudoku-bgpo-likelihood.num_samples_4-seed0
     """
     if settings["run_dir"]:
         return Path(settings["run_dir"])
     hydra_config = HydraConfig.get()
-    choices = [group_choice(name) for name in names]
+    choices = [re.sub(r"[^\w.+-]+", "_", label) for label in labels or map(group_choice, names)]
     skip = {*names, "seed", *FREE_KEYS}
     changed = [item for item in hydra_config.overrides.task if item.split("=")[0].lstrip("+~") not in skip]
     # Only signs that need no quoting in a shell or in another command's `model.path=`.

@@ -62,6 +62,8 @@ def sampled(settings: common.Settings) -> list[dict[str, Any]]:
             rows.append({
                 "prompt_id": prompt.id, "prompt": prompt.text, "completion": text, "reward": float(reward.value),
                 "verdict": reward.verdict, "group": number // size, "likelihood_seed": (seed << 32) + number,
+                **({"shots": prompt.shots} if prompt.shots else {}),
+                **({"prefill": prompt.prefill} if prompt.prefill else {}),
             })
     if ungraded:
         print(f"left out: {ungraded} completions that were empty or that the grader could not grade")

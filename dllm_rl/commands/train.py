@@ -15,7 +15,6 @@ from itertools import chain
 import torch
 from omegaconf import DictConfig
 
-from dllm_rl.checkpoint import resolve_model_path
 from dllm_rl.commands import common
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.estimators import Trajectory
@@ -26,6 +25,7 @@ from dllm_rl.leaks import MODES, find_leaks, guarded, held_out_items, report, te
 from dllm_rl.objectives.base import check_unnormalised
 from dllm_rl.offline import FileSource, OfflineConfig, Scored, Skipped, load_scored
 from dllm_rl.optimization import Optimizer
+from dllm_rl.run_folder import resolve_model_path
 from dllm_rl.task import Task, TaskReward
 from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
@@ -62,6 +62,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
             kl_reward.coef = start.state["kl_reward_coef"]
     reference = common.reference_policy(settings, start.accelerator) if uses_reference else None
     folder = common.open_folder(path, record, start.done)
+    print(f"prompts: protocol {task.protocol}")
     if skipped:
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
         replace_text(path / "skipped.jsonl", lines)

@@ -1,7 +1,7 @@
 """A reward made of named parts (`reward=composed`): value = Σ weight × part − length penalty.
 
-    reward=composed reward.weights.task=1 reward.weights.pass_rate=0.5
-    reward=composed reward.weights.learned=0.3 reward.learned.path=REWARD_MODEL
+    reward=composed +reward.weights.pass_rate=0.5
+    reward=composed reward.weights.task=0.7 +reward.weights.learned=0.3 reward.learned.path=REWARD_MODEL
     reward=composed reward.length.kind=overlong reward.length.coef=0.5 reward.length.free_tokens=192
 
 A completion without an answer never profits: its positive parts do not count and its length penalty is the full one.
@@ -115,4 +115,4 @@ class ComposedGrader:
         return value + parts.get("length", 0.0)
 
     def _tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode(text))
+        return len(self._tokenizer.encode(text, add_special_tokens=False))

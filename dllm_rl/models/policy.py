@@ -143,7 +143,7 @@ class Policy:
         """[B, L] int64: each text followed by EOS up to `length`; longer texts lose their end."""
         ids = torch.full((len(texts), length), self.eos_id)
         for number, text in enumerate(texts):
-            row = self.tokenizer.encode(text)[:length]
+            row = self.tokenizer.encode(text, add_special_tokens=False)[:length]
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return ids.to(self.device)
 

@@ -18,9 +18,9 @@ from functools import lru_cache
 from random import Random
 from typing import ClassVar, NamedTuple
 
-from dllm_rl.errors import check
-from dllm_rl.sandbox import Call, Limits, Outcome, Program, run_programs
-from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task, Verdict
+from dllm_rl.sandbox import Call, Limits, Program, run_programs
+from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
+from dllm_rl.tasks.code.grading import check_reward, check_timeout, no_answer, reward_of
 from dllm_rl.tasks.generated import Draw, check_integer, check_mistakes, distinct, drawn, is_held_out
 
 FORMS = ("x+{0}", "x*{0}", "x*x+{0}", "x*{0}+{1}", "x*{0}-{1}")
@@ -30,9 +30,6 @@ MAX_NUMBER = 255
 MAX_CONSTANT = 20  # 10*20+20, and one more for the mistake, stay below MAX_NUMBER
 MAX_CHARACTERS = 200
 MISTAKE_RATES: Mapping[str, float] = {"systematic": 0.65, "noisy": 0.65, "clean": 0.0}
-VERDICTS: Mapping[str, Verdict] = {
-    "ok": "correct", "failed": "wrong", "timeout": "timeout", "infra_error": "infra_error",
-}
 
 
 class Expression(NamedTuple):
@@ -94,6 +91,8 @@ class ProgramSynthesis(Task):
     test_size: int = 256
     largest_constant: int = 5
     """Constants are drawn from 1 to this one."""
+    reward: str = "all"
+    """What is paid: `all`, 1 if all five pairs come out right; `fraction`, the share of them that do."""
     timeout_seconds: float = 2.0
     """Wall clock per completion."""
     demonstrations_from: str = "systematic"
@@ -107,8 +106,8 @@ class ProgramSynthesis(Task):
         check_integer("train_size", self.train_size, 1)
         check_integer("test_size", self.test_size, 1)
         check_integer("largest_constant", self.largest_constant, 2, MAX_CONSTANT)
-        check(isinstance(self.timeout_seconds, int | float) and 0 < self.timeout_seconds <= 600,
-              "task.timeout_seconds", self.timeout_seconds, "a number above 0, at most 600")
+        check_reward(self.reward)
+        check_timeout(self.timeout_seconds)
         check_mistakes(self.demonstrations_from, self.mistake_rate, MISTAKE_RATES)
 
     def prompts(self, split: Split) -> Sequence[Prompt]:
@@ -126,8 +125,8 @@ class ProgramSynthesis(Task):
         unique = dict.fromkeys(answer for answer in answers if _is_runnable(answer[2]))
         programs = [_program(pairs, text) for _, pairs, text in unique]
         outcomes = run_programs(programs, Limits(seconds=self.timeout_seconds))
-        rewards = {answer: _reward(outcome) for answer, outcome in zip(unique, outcomes, strict=True)}
-        return [rewards[answer] if answer in rewards else _unrun(answer[2]) for answer in answers]
+        rewards = {answer: reward_of(outcome, self.reward) for answer, outcome in zip(unique, outcomes, strict=True)}
+        return [rewards[answer] if answer in rewards else self._unrun(answer[2]) for answer in answers]
 
     def demonstrations(self, count: int, seed: int) -> list[Demonstration]:
         """Fresh training questions with their programs, some of them mistaken."""
@@ -135,6 +134,10 @@ class ProgramSynthesis(Task):
         draw = _problem_draw("train", self.largest_constant)
         problems = (drawn(draw, rng) for _ in range(count))
         return [Demonstration(problem.text, self._written(problem.expression, rng)) for problem in problems]
+
+    def _unrun(self, answer: str) -> Reward:
+        empty = no_answer(self.reward)
+        return Reward(empty.value, "wrong", empty.parts) if answer else empty
 
     def _written(self, expression: Expression, rng: Random) -> str:
         rate = MISTAKE_RATES[self.demonstrations_from] if self.mistake_rate is None else self.mistake_rate
@@ -153,17 +156,8 @@ def _is_runnable(answer: str) -> bool:
     return 0 < len(answer) <= MAX_CHARACTERS and answer.isprintable()
 
 
-def _unrun(answer: str) -> Reward:
-    return Reward(0.0, "wrong" if answer else "no_answer", {"pass_rate": 0.0})
-
-
 def _program(pairs: tuple[tuple[int, ...], ...], answer: str) -> Program:
     return Program("", tuple(Call(answer, y, {"x": x}) for x, y in pairs))
-
-
-def _reward(outcome: Outcome) -> Reward:
-    rate = sum(outcome.passed) / len(outcome.passed)
-    return Reward(float(outcome.status == "ok"), VERDICTS[outcome.status], {"pass_rate": rate})
 
 
 def _problem_draw(split: Split, largest_constant: int) -> Draw[Problem]:

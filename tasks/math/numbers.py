@@ -13,8 +13,10 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-MAX_CHARACTERS = 20_000
-"""Only the end of a text is read: answers come last, and a longer text must not slow grading down."""
+from dllm_rl.tasks.math.extraction import MAX_CHARACTERS, final_text
+from dllm_rl.tasks.math.latex import MAX_ANSWER, cleaned, without_text
+from dllm_rl.tasks.math.quantities import NO_UNITS, quantity
+
 MAX_DIGITS = 40
 """A longer numeral answers no question; converting huge ones is slow, and beyond 4,300 digits Python refuses."""
 
@@ -22,25 +24,35 @@ MAX_DIGITS = 40
 _MINUS = r"(?:(?<![\w)\]}%.])-)?"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = re.compile(rf"({_MINUS})\$?({_MINUS})({_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+))?")
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_PROSE = re.compile(r"[A-Za-z\s.,:;'$%()*-]*")
 
 
 def final_answer(text: str) -> Fraction | None:
     r"""The number a text ends on, or None.
 
-    It is the one number inside the last `\boxed{...}`, else the first number after the last `####`, else the last
-    number of all.
+    It is the one number of its final answer (see `final_text`), else the last of all.
 
     Example: `final_answer("so she has \\boxed{1,000} left, not 7")` is 1000.
     """
-    text = text[-MAX_CHARACTERS:]
-    box = last_boxed(text)
-    if box is not None:
-        found = _numbers(box)
-        return _value(found[0]) if len(found) == 1 else None
-    _, mark, tail = text.rpartition("####")
-    found = _numbers(tail)
-    return _value(found[0 if mark else -1]) if found else None
+    final = final_text(text)
+    return last_number(text) if final is None else number_of(final)
+
+
+def number_of(answer: str) -> Fraction | None:
+    r"""The one number that an answer is, or holds among nothing but words; what stands before an `=` does not count.
+
+    Example: `number_of("9 \\times 2 = 18 \\text{ eggs}")` is 18, and of `3 or 4` there is none.
+    """
+    side = answer.rpartition("=")[2]
+    whole = quantity(cleaned(side)) if len(side) <= MAX_ANSWER else None
+    if whole is not None:
+        return whole.value
+    found = _numbers(without_text(side))
+    if len(found) != 1:
+        return None
+    words = found[0].string[:found[0].start()] + " " + found[0].string[found[0].end():]
+    is_prose = _PROSE.fullmatch(words) and NO_UNITS.isdisjoint(words.lower().split())
+    return _value(found[0]) if is_prose else None
 
 
 def last_number(text: str) -> Fraction | None:
@@ -71,19 +83,3 @@ def _value(match: re.Match[str]) -> Fraction | None:
     value = Fraction(numeral.replace(",", "")) / int(divisor or 1)
     return -value if (sign or inner_sign) else value
 
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands inside the last `\boxed{...}` whose braces balance, or None.
-
-    Example: `last_boxed("\\boxed{\\frac{1}{2}}")` is `\frac{1}{2}`.
-    """
-    opened: list[tuple[int, bool]] = []
-    last: tuple[int, int] | None = None
-    for match in _BRACES.finditer(text):
-        if match[0] == "{" or match[0].startswith("\\boxed"):
-            opened.append((match.end(), match[0] != "{"))
-        elif match[0] == "}" and opened:
-            start, boxed = opened.pop()
-            if boxed and (last is None or start > last[0]):
-                last = (start, match.start())
-    return None if last is None else text[last[0]:last[1]]

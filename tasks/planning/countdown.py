@@ -4,8 +4,9 @@ Example row of `task.data` (dllm-reasoning/d1, dataset/countdown_cd3_test.jsonl,
 
     {"input": "30,100,93", "output": "23"}
 
-The model reads `30,100,93=23` and writes an expression such as `30+93-100`, without spaces, `=` or target. Generated
-problems follow that file: three numbers from 1 to 100, a target from 1 to 100.
+Protocol `plain`: the model reads `30,100,93=23` and writes an expression such as `30+93-100`, without `=` or target.
+Protocol `d1`: the training prompt of d1 and BGPO, and the expression in an `<answer>` block. Generated problems follow
+that file: three numbers from 1 to 100, a target from 1 to 100.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dllm_rl.errors import UserError
 from dllm_rl.rows import Row, load_placed_rows
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
+from dllm_rl.tasks.answers import answer_block, tagged
 from dllm_rl.tasks.generated import Draw, check_integer, check_text, distinct, drawn, is_held_out
+from dllm_rl.tasks.planning.published_prompts import countdown_d1
 
 MAX_NUMBER = 100
 MAX_TARGET = 100
@@ -57,11 +60,6 @@ class Problem(NamedTuple):
     expression: str
 
     @property
-    def text(self) -> str:
-        """What the model reads."""
-        return problem_text(self.numbers, self.target)
-
-    @property
     def key(self) -> str:
         """The same for every order of the numbers."""
         return problem_text(sorted(self.numbers), self.target)
@@ -71,23 +69,31 @@ class Problem(NamedTuple):
 class Countdown(Task):
     """Countdown: reward 1 for an expression that uses every number once and equals the target, otherwise 0.
 
-    There is no reward for the format. `parts` has `valid`: the expression uses every number once, whatever its value.
+    The answer is the whole completion (`plain`) or its last complete `<answer>` block (`d1`), and it must be the
+    expression alone: an equals sign makes it wrong. There is no reward for the format. `parts` has `valid`: the
+    expression uses every number once, whatever its value.
 
-    Example: `Countdown(numbers=4, completion_length=19)`
+    Example: `Countdown(numbers=4, completion_length=256, protocol="d1")`
     """
 
+    protocols: ClassVar[tuple[str, ...]] = ("plain", "d1")
     completion_length: int = 16
+    """Protocol `d1` asks for reasoning and needs far more than the default: its authors use 256."""
     numbers: int = 3
     train_size: int = 4096
     test_size: int = 256
     data: str = ""
     """File whose rows (`input`, `output`) replace the generated test split; training never draws them, in any order of
     the numbers."""
+    protocol: str = "plain"
+    """`plain`, or `d1`: its demonstrations have no reasoning, only the `<answer>` block."""
 
     def __post_init__(self) -> None:
+        self.check_protocol()
         check_integer("numbers", self.numbers, 2, 6)
         # A shorter canvas would cut demonstrations off where the tokenizer spells characters.
-        check_integer("completion_length", self.completion_length, longest_expression(self.numbers))
+        longest = len(self._completion("1" * longest_expression(self.numbers)))
+        check_integer("completion_length", self.completion_length, longest)
         check_integer("train_size", self.train_size, 1)
         check_integer("test_size", self.test_size, 1)
         check_text("data", self.data)
@@ -95,13 +101,13 @@ class Countdown(Task):
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """The problems of a split: generated, or the rows of `data` for the test."""
         if split == "test" and self.data:
-            return _file_prompts(self.data)
+            return _file_prompts(self.data, self.protocol)
         size = self.train_size if split == "train" else self.test_size
-        return _generated_prompts(split, size, self.numbers, self.data)
+        return _generated_prompts(split, size, self.numbers, self.data, self.protocol)
 
     def score(self, prompt: Prompt, completion: str) -> Reward:
-        """1 for a correct expression; the whole completion must be the expression (white space around it aside)."""
-        text = completion.strip()
+        """1 for a correct expression; the whole answer must be the expression (white space around it aside)."""
+        text = completion.strip() if self.protocol == "plain" else answer_block(completion)
         if not text:
             return Reward(0.0, "no_answer", {"valid": 0.0})
         tree = parse(text)
@@ -110,20 +116,32 @@ class Countdown(Task):
         correct = value_of(tree) == prompt.data["target"]
         return Reward(float(correct), "correct" if correct else "wrong", {"valid": 1.0})
 
+    def fingerprint(self, prompt: Prompt) -> str:
+        """The same for every order of the numbers and every protocol."""
+        return problem_text(sorted(prompt.data["numbers"]), prompt.data["target"])
+
     def demonstrations(self, count: int, seed: int) -> list[Demonstration]:
         """Fresh training problems, each with one correct expression."""
         rng = Random(f"countdown demonstrations {seed}")
         draw = _problem_draw("train", self.numbers, _file_keys(self.data))
         problems = (drawn(draw, rng) for _ in range(count))
-        return [Demonstration(problem.text, problem.expression) for problem in problems]
+        text = _TEXTS[self.protocol]
+        return [Demonstration(text(problem.numbers, problem.target), self._completion(problem.expression))
+                for problem in problems]
+
+    def _completion(self, expression: str) -> str:
+        return expression if self.protocol == "plain" else tagged(expression)
 
 
 def problem_text(numbers: Sequence[int], target: int) -> str:
-    """The prompt.
+    """The plain prompt.
 
     Example: `problem_text([30, 100, 93], 23)` is `30,100,93=23`.
     """
     return f"{','.join(map(str, numbers))}={target}"
+
+
+_TEXTS: Mapping[str, Callable[[Sequence[int], int], str]] = {"plain": problem_text, "d1": countdown_d1}
 
 
 def longest_expression(numbers: int) -> int:
@@ -214,28 +232,28 @@ def _problem_draw(split: Split, count: int, excluded: frozenset[str]) -> Draw[Pr
 
 
 @lru_cache(maxsize=16)
-def _generated_prompts(split: Split, size: int, count: int, data: str) -> tuple[Prompt, ...]:
+def _generated_prompts(split: Split, size: int, count: int, data: str, protocol: str) -> tuple[Prompt, ...]:
     draw = _problem_draw(split, count, _file_keys(data))
     problems = distinct(draw, Random(f"countdown {split}"), size, f"{split}_size", key=lambda problem: problem.key)
-    return tuple(_prompt(split, index, row.numbers, row.target) for index, row in enumerate(problems))
+    return tuple(_prompt(f"{split}/{index}", row.numbers, row.target, protocol) for index, row in enumerate(problems))
 
 
 @lru_cache(maxsize=16)
-def _file_prompts(data: str) -> tuple[Prompt, ...]:
+def _file_prompts(data: str, protocol: str) -> tuple[Prompt, ...]:
     rows = load_placed_rows(data, "test", ("input", "output"))
     return tuple(
-        _prompt("test", index, _integers(row, "input", place), _integers(row, "output", place)[0])
+        _prompt(f"test/{index}", _integers(row, "input", place), _integers(row, "output", place)[0], protocol)
         for index, (place, row) in enumerate(rows)
     )
 
 
 def _file_keys(data: str) -> frozenset[str]:
-    prompts = _file_prompts(data) if data else ()
+    prompts = _file_prompts(data, "plain") if data else ()
     return frozenset(problem_text(sorted(prompt.data["numbers"]), prompt.data["target"]) for prompt in prompts)
 
 
-def _prompt(split: Split, index: int, numbers: Sequence[int], target: int) -> Prompt:
-    return Prompt(f"{split}/{index}", problem_text(numbers, target), {"numbers": list(numbers), "target": target})
+def _prompt(name: str, numbers: Sequence[int], target: int, protocol: str) -> Prompt:
+    return Prompt(name, _TEXTS[protocol](numbers, target), {"numbers": list(numbers), "target": target})
 
 
 def _integers(row: Row, column: str, place: str) -> list[int]:

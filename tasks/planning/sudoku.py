@@ -5,25 +5,31 @@ Example row of `task.data` (dllm-reasoning/d1, dataset/4x4_test_sudoku.csv, Apac
     Puzzle,Solution
     3102200002100320,3142243142131324
 
-The model reads four rows of four cells, 0 for a blank, and writes the four rows of a solution. The line breaks tell a
-model with relative positions (rotary embeddings) which column a cell is in. Puzzles of that file can have several
-solutions, and every one of them is right. The split is by solution: of the 288 grids 200 are for training
-and 88 for the test. Generated puzzles have exactly one solution, so no answer to a test puzzle occurs in training.
+Protocol `plain`: the model reads four rows of four cells, 0 for a blank, and writes the four rows of a solution. The
+line breaks tell a model with relative positions (rotary embeddings) which column a cell is in. Protocol `d1`: d1's rules
+and the puzzle as 16 characters, the solution in an `<answer>` block; `spg`: the same after SPG's three solved examples.
+
+Puzzles of that file can have several solutions, and every one of them is right. The split is by solution, as in SPG: of
+the 288 grids 200 are for training and 88 for the test. Generated puzzles have exactly one solution, so no answer to a
+test puzzle occurs in training, nor, under `spg`, in an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
+from math import isqrt
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dllm_rl.errors import UserError
 from dllm_rl.rows import load_placed_rows
 from dllm_rl.task import Demonstration, Prompt, Reward, Split, Task
+from dllm_rl.tasks.answers import answer_block, tagged
 from dllm_rl.tasks.generated import Draw, check_integer, check_mistakes, check_text, distinct, drawn
+from dllm_rl.tasks.planning.published_prompts import SPG_EXAMPLES, sudoku_d1, sudoku_spg
 
 CELLS = 16
 DIGITS = "1234"
@@ -49,12 +55,16 @@ class Puzzle(NamedTuple):
 class Sudoku(Task):
     """4x4 Sudoku: reward 1 for any valid grid that keeps the clues, otherwise 0.
 
-    `parts` has `exact` (the reward) and `cell`: the fraction of the blanks filled as in the nearest solution.
+    The answer is the whole completion (`plain`) or its last complete `<answer>` block (`d1`, `spg`), and it must be the
+    16 digits alone. `parts` has `exact` (the reward) and `cell`: the fraction of the blanks filled as in the nearest
+    solution.
 
-    Example: `Sudoku(min_blanks=8, max_blanks=8, data="4x4_test.csv")`
+    Example: `Sudoku(min_blanks=8, max_blanks=8, data="4x4_test.csv", protocol="d1", completion_length=256)`
     """
 
+    protocols: ClassVar[tuple[str, ...]] = ("plain", "d1", "spg")
     completion_length: int = 20
+    """Protocols `d1` and `spg` ask for reasoning and need far more than the default: their authors use 256."""
     min_blanks: int = 6
     max_blanks: int = 10
     train_size: int = 4096
@@ -67,9 +77,13 @@ class Sudoku(Task):
     blanks with random digits, `clean` makes none."""
     mistake_rate: float | None = None
     """How many demonstrations carry the mistake; null stands for 0.65 (systematic) or 0.9 (noisy)."""
+    protocol: str = "plain"
+    """`plain`, `d1` or `spg`; demonstrations of the last two have no reasoning, only the `<answer>` block."""
 
     def __post_init__(self) -> None:
-        check_integer("completion_length", self.completion_length, 1)
+        self.check_protocol()
+        shortest = 1 if self.protocol == "plain" else len(tagged("0" * CELLS))
+        check_integer("completion_length", self.completion_length, shortest)
         # With more than 12 blanks no puzzle has a single solution.
         check_integer("max_blanks", self.max_blanks, 1, 12)
         check_integer("min_blanks", self.min_blanks, 1, self.max_blanks)
@@ -81,25 +95,30 @@ class Sudoku(Task):
     def prompts(self, split: Split) -> Sequence[Prompt]:
         """The puzzles of a split: generated, or the rows of `data` for the test."""
         if split == "test" and self.data:
-            return _file_prompts(self.data)
+            return _file_prompts(self.data, self.protocol)
         size = self.train_size if split == "train" else self.test_size
-        return _generated_prompts(split, size, self.min_blanks, self.max_blanks, self.data)
+        return _generated_prompts(split, size, self.min_blanks, self.max_blanks, self.data, self.protocol)
 
     def score(self, prompt: Prompt, completion: str) -> Reward:
         """1 for a solution; anything but exactly 16 digits (white space aside) counts as all wrong."""
-        answer = "".join(completion.split())
+        answer = read_cells(completion, self.protocol != "plain")
         if not answer:
             return Reward(0.0, "no_answer", {"exact": 0.0, "cell": 0.0})
         puzzle = prompt.data["puzzle"]
         exact = float(answer in solutions(puzzle))
         return Reward(exact, "correct" if exact else "wrong", {"exact": exact, "cell": cell_accuracy(puzzle, answer)})
 
+    def fingerprint(self, prompt: Prompt) -> str:
+        """The puzzle, whatever the protocol."""
+        return str(prompt.data["puzzle"])
+
     def demonstrations(self, count: int, seed: int) -> list[Demonstration]:
         """Fresh puzzles of training grids with their solutions, some of them mistaken."""
         rng = Random(f"sudoku demonstrations {seed}")
-        draw = _puzzle_draw("train", self.min_blanks, self.max_blanks, _file_puzzles(self.data))
+        draw = _puzzle_draw("train", self.min_blanks, self.max_blanks, _excluded("train", self.data, self.protocol))
         puzzles = (drawn(draw, rng) for _ in range(count))
-        return [Demonstration(as_rows(puzzle.text) + "\n", as_rows(self._written(puzzle, rng))) for puzzle in puzzles]
+        text, form = _TEXTS[self.protocol], as_rows if self.protocol == "plain" else tagged
+        return [Demonstration(text(puzzle.text), form(self._written(puzzle, rng))) for puzzle in puzzles]
 
     def _written(self, puzzle: Puzzle, rng: Random) -> str:
         kind = self.demonstrations_from
@@ -170,9 +189,24 @@ def cell_accuracy(puzzle: str, answer: str) -> float:
     return best / len(blanks)
 
 
+def read_cells(completion: str, in_block: bool) -> str:
+    """The answer without white space; empty where there is none. Nothing is padded, cut off or picked out of words."""
+    answer = answer_block(completion) if in_block else completion
+    return "".join((answer or "").split())
+
+
 def as_rows(cells: str) -> str:
-    """Four lines of four cells; the prompt ends with a line break, so that a cell and its clue are 20 tokens apart."""
-    return "\n".join(cells[start : start + 4] for start in range(0, CELLS, 4))
+    """A square grid with a line for each row, such as four lines of four cells."""
+    width = isqrt(len(cells))
+    return "\n".join(cells[start : start + width] for start in range(0, len(cells), width))
+
+
+def _plain_text(puzzle: str) -> str:
+    """The plain prompt; it ends with a line break, so that a cell and its clue are 20 tokens apart."""
+    return as_rows(puzzle) + "\n"
+
+
+_TEXTS: Mapping[str, Callable[[str], str]] = {"plain": _plain_text, "d1": sudoku_d1, "spg": sudoku_spg}
 
 
 def blank_cells(puzzle: str) -> list[int]:
@@ -204,30 +238,39 @@ def _puzzle_draw(split: Split, min_blanks: int, max_blanks: int, excluded: froze
         text = "".join("0" if cell in blanks else digit for cell, digit in enumerate(solution))
         bits = _consistent(text)
         single = bits & (bits - 1) == 0
-        return Puzzle(text, solution) if single and text not in excluded else None
+        return Puzzle(text, solution) if single and excluded.isdisjoint((text, solution)) else None
 
     return draw
 
 
 @lru_cache(maxsize=16)
-def _generated_prompts(split: Split, size: int, min_blanks: int, max_blanks: int, data: str) -> tuple[Prompt, ...]:
-    draw = _puzzle_draw(split, min_blanks, max_blanks, _file_puzzles(data))
+def _generated_prompts(
+    split: Split, size: int, min_blanks: int, max_blanks: int, data: str, protocol: str
+) -> tuple[Prompt, ...]:
+    draw = _puzzle_draw(split, min_blanks, max_blanks, _excluded(split, data, protocol))
     puzzles = distinct(draw, Random(f"sudoku {split}"), size, f"{split}_size", key=lambda puzzle: puzzle.text)
-    return tuple(_prompt(split, index, puzzle.text) for index, puzzle in enumerate(puzzles))
+    return tuple(_prompt(f"{split}/{index}", puzzle.text, protocol) for index, puzzle in enumerate(puzzles))
 
 
 @lru_cache(maxsize=16)
-def _file_prompts(data: str) -> tuple[Prompt, ...]:
+def _file_prompts(data: str, protocol: str) -> tuple[Prompt, ...]:
     rows = load_placed_rows(data, "test", ("Puzzle",))
-    return tuple(_prompt("test", index, _checked(row["Puzzle"], place)) for index, (place, row) in enumerate(rows))
+    puzzles = [_checked(row["Puzzle"], place) for place, row in rows]
+    return tuple(_prompt(f"test/{index}", puzzle, protocol) for index, puzzle in enumerate(puzzles))
 
 
-def _file_puzzles(data: str) -> frozenset[str]:
-    return frozenset(prompt.data["puzzle"] for prompt in _file_prompts(data)) if data else frozenset()
+def _excluded(split: Split, data: str, protocol: str) -> frozenset[str]:
+    """Puzzles and solutions that a split leaves out: the puzzles of `data` and what the prompt's own examples give away."""
+    excluded = {prompt.data["puzzle"] for prompt in _file_prompts(data, "plain")} if data else set()
+    if protocol == "spg":
+        excluded |= {example.puzzle for example in SPG_EXAMPLES}
+        if split == "test":
+            excluded |= {example.solution for example in SPG_EXAMPLES}
+    return frozenset(excluded)
 
 
-def _prompt(split: Split, index: int, puzzle: str) -> Prompt:
-    return Prompt(f"{split}/{index}", as_rows(puzzle) + "\n", {"puzzle": puzzle})
+def _prompt(name: str, puzzle: str, protocol: str) -> Prompt:
+    return Prompt(name, _TEXTS[protocol](puzzle), {"puzzle": puzzle})
 
 
 def _checked(puzzle: object, place: str) -> str:
