@@ -121,7 +121,9 @@ class MaskedDiffusionLM(LM):
         self.estimator = ESTIMATORS[likelihood](num_samples=num_samples)
         self.path = resolve_model_path(str(path), "path")
         self.policy: Policy = load_policy(self.path, "path")
-        self.policy.network.to(device=_device(device), dtype=DTYPES[dtype])
+        self.policy.network.to(_device(device))
+        for parameter in self.policy.network.parameters():  # not the buffers: rotary frequencies need their precision
+            parameter.data = parameter.data.to(DTYPES[dtype])
         self._device = self.policy.device
         self.tokenizer: Any = self.policy.tokenizer
         self.max_length = int(max_length or getattr(self.policy.network.config, "max_position_embeddings", None) or 2048)

@@ -145,6 +145,15 @@ def test_empty_requests(make: Callable[..., MaskedDiffusionLM]) -> None:
     assert ask(lm, "loglikelihood") == [] and ask(lm, "generate_until") == []
 
 
+def test_half_precision_is_close(make: Callable[..., MaskedDiffusionLM]) -> None:
+    half, full = make(dtype="bfloat16"), make()
+    assert half.policy.network.dtype == torch.bfloat16
+    assert {buffer.dtype for buffer in half.policy.network.buffers()} == {torch.float32}, "positions lose nothing"
+    requests = [("a" * 200, " bcd"), ("Q:", " yes!")]
+    found, expected = (torch.tensor([value for value, _ in ask(lm, "loglikelihood", *requests)]) for lm in (half, full))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
 # is_greedy -----------------------------------------------------------------------------------------------------------
 
 def test_greedy_is_what_the_sampler_decodes(make: Callable[..., MaskedDiffusionLM]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,10 @@ def base_of(folder: Path, key: str) -> str:
         raise UserError(f"{key}={folder}: {CONFIG} has no base_model_name_or_path; must be a model folder or a hub name")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{key}={folder}: has {CONFIG} but no {WEIGHTS}")
-    if find_spec("peft") is None:
-        raise UserError(f"{key}={folder}: is an adapter, which needs peft: pip install 'dllm-rl[lora]'")
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{key}={folder}: is an adapter, which needs peft: pip install 'dllm-rl[lora]' ({error})") from None
     return str(base)
 
 
