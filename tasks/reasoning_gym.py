@@ -53,7 +53,7 @@ _WORKER = Path(__file__).with_name("reasoning_gym_worker.py")
 class Question(NamedTuple):
     """A generated question; some generators know no answer."""
 
-    index: int
+    number: int
     text: str
     answer: str | None
 
