@@ -1,4 +1,4 @@
-"""Real GSM8K and MBPP rows through the whole path: fine-tune, sample, grade, one BGPO update. No learning is claimed."""
+"""Real rows of GSM8K, MATH and MBPP through the whole path: fine-tune, sample, grade, one update; no learning is claimed."""
 
 from __future__ import annotations
 
@@ -52,6 +52,16 @@ def assert_update_is_sound(metrics: dict[str, Any]) -> None:
 def test_one_update_on_gsm8k(tmp_path: Path) -> None:
     rows = shortest(real_rows("gsm8k/train.jsonl"), lambda row: len(row["answer"]))
     assert_update_is_sound(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=80))
+
+
+def test_one_update_on_math(tmp_path: Path) -> None:
+    path = DATA / "math" / "train.json"
+    if not path.is_file():
+        pytest.skip(f"needs the real rows at {path}; set DLLM_RL_DATA to the folder that holds math/train.json")
+    answered = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["answer"] and "sqrt" in row["answer"]]
+    rows = shortest(answered, lambda row: len(row["problem"]) + len(row["answer"]))
+    settings = (f"task.test_data={tmp_path}", "task.completion_length=32")
+    assert_update_is_sound(one_update(tmp_path, "math", rows, *settings, sft_steps=80))
 
 
 def test_one_update_on_mbpp(tmp_path: Path) -> None:
