@@ -76,7 +76,8 @@ class ReasoningGym(Task):
     """Name of the generator, as in `reasoning_gym.create_dataset`."""
     completion_length: int = 256
     train_size: int = 1024
-    """Most generators make thousands of questions a second, but `knight_swap` two, and some have few distinct ones."""
+    """Most generators make thousands of questions a second, but `knight_swap` two. `coin_flip`, `prime_factorization`,
+    `string_splitting`, `string_synthesis` and `tower_of_hanoi` have too few distinct ones for the default sizes."""
     test_size: int = 256
     params: dict[str, Any] = field(default_factory=dict)
     """Settings of the generator; on the command line `+task.params.KEY=VALUE`."""

@@ -34,7 +34,7 @@ SIZES = {"train_size": 4, "test_size": 4}
 WITHOUT_ANSWERS = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 UNSOLVED = {"intermediate_integration"}  # some of its own answers are the question: "-3*Integral(x*cos(x), x) + C"
 HASH_DEPENDENT = ("isomorphic_strings", "list_functions", "polynomial_multiplication", "ransom_note")
-QUICK = ("basic_arithmetic", "boxnet", "chain_sum", "gcd", "number_sorting", "prime_factorization", "spell_backward")
+QUICK = ("basic_arithmetic", "boxnet", "chain_sum", "number_sorting", "prime_factorization", "spell_backward")
 GARBAGE = ("no idea", "garbage", "x", "None", "[]", "{}", "[null]", "nan", "NaN, NaN", "[NaN, NaN, NaN, NaN, NaN]",
            "nan+nanj", "1e999", "inf", "????")
 HOSTILE = ("9**9**9**9", "(" * 10_000, "[" * 10_000, "1" * 10**6, "1" * 19_999, "\x00", "\ud800", "١٢٣", "1\n" * 9_000,
@@ -157,6 +157,14 @@ def test_a_failing_grader() -> None:
     assert task.score(prompt, "garbage").verdict == "wrong"
     changed = replace(prompt, data={**prompt.data, "question": "another question"})
     assert task.score(changed, prompt.data["answer"]).verdict == "infra_error"
+
+
+def test_what_a_grader_prints_is_not_taken_for_a_reply() -> None:
+    """`tower_of_hanoi` prints why a move is not allowed; enough of that leaves any buffer."""
+    task, prompt = first("tower_of_hanoi")
+    rewards = task.score_batch([prompt] * 400, [f"Move disk 1 from Peg 1 to Peg {peg}" for peg in range(100, 500)])
+    assert {reward.verdict for reward in rewards} == {"wrong"}
+    assert task.score(prompt, prompt.data["answer"]).verdict == "correct"
 
 
 def test_a_killed_process_is_started_again() -> None:

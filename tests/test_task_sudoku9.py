@@ -10,6 +10,7 @@ import pytest
 
 from dllm_rl.errors import UserError
 from dllm_rl.task import Prompt
+from dllm_rl.tasks.generated import is_held_out
 from dllm_rl.tasks.planning import sudoku9
 from dllm_rl.tasks.planning.sudoku9 import Sudoku9x9, cell_accuracy, search, solutions, solves
 
@@ -86,7 +87,8 @@ def test_the_split_is_by_solution() -> None:
     train = {solutions(prompt.data["puzzle"])[0] for prompt in task.prompts("train")}
     train |= {demo.completion.replace("\n", "") for demo in task.demonstrations(300, 0)}
     test = {solutions(prompt.data["puzzle"])[0] for prompt in Sudoku9x9(train_size=1, test_size=300).prompts("test")}
-    assert len(train) > 500 and len(test) == 300 and not train & test
+    assert len(train) > 500 and len(test) == 300
+    assert all(map(is_held_out, test)) and not any(map(is_held_out, train))
 
 
 def test_prompts_are_the_same_every_time_and_cached() -> None:
