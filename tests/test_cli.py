@@ -76,7 +76,7 @@ def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
     assert all(command in text for command in ("sft", "train", "evaluate", "generate"))
     text = good(tmp_path, "train", "--help")
     for line in ("algorithm: agrpo, bgpo", "likelihood: bernoulli, block, coupled", "sampler: low_confidence",
-                 "task: countdown, gsm8k, mbpp, program_synthesis, sudoku, word_problems", "num_samples: 16"):
+                 "task: countdown, gsm8k, humaneval, mbpp, program_synthesis, sudoku, word_problems", "num_samples: 16"):
         assert line in text
 
 
