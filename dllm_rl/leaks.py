@@ -23,34 +23,34 @@ class Leak(NamedTuple):
     """Id of the training prompt, or its place in a file."""
     test: str
     """Id of the test prompt."""
-    text: str
+    fingerprint: str
+    """What they have in common."""
 
 
 class Item(NamedTuple):
-    """One question that is about to be learnt from."""
+    """A question of one of the splits."""
 
     place: str
-    text: str
     fingerprint: str
 
 
 def items(task: Task, prompts: Iterable[Prompt]) -> list[Item]:
     """The questions of a split.
 
-    Example: `[Item("train/0", "How many?", "how many")]`
+    Example: `[Item("train/0", "how many")]`
     """
-    return [Item(prompt.id, prompt.text, task.fingerprint(prompt)) for prompt in prompts]
+    return [Item(prompt.id, task.fingerprint(prompt)) for prompt in prompts]
 
 
 def text_item(place: str, text: str) -> Item:
     """A question of which only the text is known, such as a row of a file."""
-    return Item(place, text, normalised(text))
+    return Item(place, normalised(text))
 
 
 def find_leaks(train: Sequence[Item], test: Sequence[Item]) -> list[Leak]:
     """Every training question that is also a test question."""
     held_out = {item.fingerprint: item.place for item in reversed(test)}
-    return [Leak(item.place, held_out[item.fingerprint], item.text) for item in train if item.fingerprint in held_out]
+    return [Leak(item.place, held_out[item.fingerprint], item.fingerprint) for item in train if item.fingerprint in held_out]
 
 
 def held_out_items(task: Task, with_texts: bool = False) -> list[Item]:
@@ -96,7 +96,7 @@ def report(found: Sequence[Leak], train: int, test: int, mode: str) -> str:
     sizes = f"{train} training and {test} test prompts"
     if not found:
         return f"leak guard: {sizes}, none in common"
-    examples = "; ".join(f"{leak.train} is {leak.test} ({_shortened(leak.text)})" for leak in found[:SHOWN])
+    examples = "; ".join(f"{leak.train} is {leak.test} ({_shortened(leak.fingerprint)})" for leak in found[:SHOWN])
     more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     line = f"{sizes}, {len(found)} in common: {examples}{more}"
     if mode == "refuse":

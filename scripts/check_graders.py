@@ -14,14 +14,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dllm_rl.errors import UserError
 from dllm_rl.task import Prompt, Reward, Split, Task
+from dllm_rl.tasks.code.humaneval import HumanEval
+from dllm_rl.tasks.code.mbpp import MBPP
 from dllm_rl.tasks.math.competition import Math
 from dllm_rl.tasks.math.gsm8k import GSM8K
+from dllm_rl.tasks.planning.countdown import Countdown
+from dllm_rl.tasks.planning.known_grades import countdown_grades, sudoku_grades
+from dllm_rl.tasks.planning.sudoku import Sudoku
+
+CODE_SECONDS = 30.0  # some canonical solutions are slow, and this measures graders, not speed
 
 
 class Cases(NamedTuple):
@@ -72,11 +79,45 @@ def mutated(gold: str) -> str:
     return f"{gold}, 0" if gold[0] in "([" else f"-({gold})"
 
 
+def listed(task: Task, rows: Iterable[tuple[Prompt, str, str]]) -> Cases:
+    """Rows of (prompt, right completion, wrong completion)."""
+    prompts, right, wrong = zip(*rows, strict=True)
+    return Cases(task, prompts, [(text,) for text in right], wrong)
+
+
+def humaneval(data: Path) -> Cases:
+    """The canonical solutions, and programs whose results are altered."""
+    task = HumanEval(data=str(data / "humaneval" / "HumanEval.jsonl.gz"), timeout_seconds=CODE_SECONDS)
+    return listed(task, task.solved_rows())
+
+
+def mbpp(data: Path) -> Cases:
+    """All 974 rows, as `humaneval`."""
+    task = MBPP(data=str(data / "mbpp" / "mbpp.jsonl"), timeout_seconds=CODE_SECONDS)
+    return listed(task, task.solved_rows())
+
+
+def countdown(data: Path) -> Cases:
+    """Solutions by brute force, and expressions with other numbers, an equals sign or a number used three times."""
+    path = str(data / "countdown" / "cd3_test.jsonl")
+    return listed(Countdown(data=path), countdown_grades(path))
+
+
+def sudoku(data: Path) -> Cases:
+    """A solution of each puzzle, and grids with a wrong blank, with other clues or cut short."""
+    path = str(data / "sudoku" / "4x4_test.csv")
+    return listed(Sudoku(data=path), sudoku_grades(path))
+
+
 SETS: dict[str, Callable[[Path], Cases]] = {
     "gsm8k_test": lambda data: gsm8k(data, "test"),
     "gsm8k_train": lambda data: gsm8k(data, "train"),
     "math500": lambda data: competition(data, "test"),
     "math_train": lambda data: competition(data, "train"),
+    "humaneval": humaneval,
+    "mbpp": mbpp,
+    "countdown": countdown,
+    "sudoku": sudoku,
 }
 
 

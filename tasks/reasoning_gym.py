@@ -53,7 +53,7 @@ _WORKER = Path(__file__).with_name("reasoning_gym_worker.py")
 class Question(NamedTuple):
     """A generated question; some generators know no answer."""
 
-    index: int
+    number: int
     text: str
     answer: str | None
 
@@ -106,7 +106,7 @@ class ReasoningGym(Task):
         block = answer_block(completion)
         answer = completion.strip() if block is None else block
         gold = prompt.data["answer"]
-        if not answer and gold != "":  # "" is the answer to some questions of polynomial_equations
+        if not answer and gold != "":  # "" is the answer to some questions of ab
             return Reward(0.0, "no_answer", {"score": 0.0})
         if len(answer) > MAX_CHARACTERS:
             return Reward(0.0, "wrong", {"score": 0.0})

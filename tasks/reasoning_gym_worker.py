@@ -116,15 +116,13 @@ def score(request: Mapping[str, Any]) -> Any:
 def is_unearned(name: str, answer: str, gold: str, metadata: Mapping[str, Any]) -> bool:
     """Whether a wrong answer would exploit a known hole of a grader of version 0.1.25.
 
-    `complex_arithmetic` and `number_sorting` are content with "nan", `game_of_life_halting` with any text,
-    `polynomial_equations` with any text where there is no solution, and `puzzle24` with any four numbers.
+    `complex_arithmetic` and `number_sorting` are content with "nan", `game_of_life_halting` with any text, and `puzzle24`
+    with any four numbers. (The integrations are content with the question's own integral; `guarded_eval` refuses it.)
     """
     if _NOT_A_NUMBER.search(answer) and not _NOT_A_NUMBER.search(gold):
         return True
     if name == "game_of_life_halting":
         return answer.strip().casefold() != gold.strip().casefold()
-    if name == "polynomial_equations":
-        return not gold and bool(answer)
     if name == "puzzle24":
         return sorted(map(int, re.findall(r"[0-9]+", answer)[:5])) != sorted(metadata["numbers"])
     return False

@@ -309,7 +309,8 @@ MATH = [
     boxed(COLUMN, "\\begin{pmatrix} -7 \\\\ 5 \\\\ 16 \\end{pmatrix}", W, "order"),
     boxed(COLUMN, "\\begin{pmatrix} -7 \\\\ 16 \\end{pmatrix}", W, "too short"),
     boxed("\\begin{pmatrix} 1/5 \\\\ -18/5 \\end{pmatrix}", "\\begin{pmatrix} 0.2 \\\\ -3.6 \\end{pmatrix}", R, "decimals"),
-    boxed("\\begin{pmatrix} 1 & 0 \\\\ 0 & -1 \\end{pmatrix}", "\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}", W, "sign"),
+    boxed("\\begin{pmatrix} 1 & 0 \\\\ 0 & -1 \\end{pmatrix}", "\\begin{pmatrix} 1 & 0 \\\\ 0 & 1 \\end{pmatrix}", W,
+          "sign"),
     # Words and bases.
     boxed("\\text{Evelyn}", "Evelyn", R, "no text"),
     boxed("\\text{Evelyn}", "\\text{evelyn}", R, "case"),

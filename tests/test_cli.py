@@ -84,7 +84,8 @@ def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
     assert all(command in text for command in ("sft", "train", "evaluate", "generate"))
     text = good(tmp_path, "train", "--help")
     for line in ("algorithm: agrpo, bgpo", "likelihood: bernoulli, block, coupled", "sampler: low_confidence",
-                 "task: countdown, gsm8k, humaneval, math, mbpp, program_synthesis, sudoku, sudoku_9x9, word_problems", "num_samples: 16"):
+                 "task: countdown, gsm8k, humaneval, math, mbpp, program_synthesis, sudoku, sudoku_9x9, word_problems",
+                 "num_samples: 16"):
         assert line in text
 
 

@@ -98,7 +98,7 @@ def test_bad_settings_are_refused(make: Any, message: str) -> None:
         graded(make(), "yes")
 
 
-def test_groups_that_differ_in_form_only_are_counted() -> None:
+def test_R13_groups_that_differ_in_form_only_are_counted() -> None:
     """R13: format rewards give all-wrong groups a gradient. Group 0 is all wrong and differs, 1 has a right answer, 2 is all
     wrong and does not differ, 3 differs only by a completion that could not be graded."""
     policy, task = make_policy(torch.float32), Letters()

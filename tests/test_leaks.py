@@ -48,7 +48,7 @@ def test_a_planted_overlap_is_refused(planted: str) -> None:
     task = Questions(test=("Where?", planted))
     with pytest.raises(UserError) as caught:
         guarded(task, "refuse")
-    assert "3 training and 2 test prompts, 1 in common: train/0 is test/1 ('How many?')" in str(caught.value)
+    assert "3 training and 2 test prompts, 1 in common: train/0 is test/1 ('how many')" in str(caught.value)
     assert "leaks=drop" in str(caught.value)
 
 

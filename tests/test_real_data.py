@@ -1,4 +1,4 @@
-"""Real GSM8K and MBPP rows through the whole path: fine-tune, sample, grade, one BGPO update. No learning is claimed."""
+"""Real rows of GSM8K, MATH and MBPP through the whole path: fine-tune, sample, grade, one update; no learning is claimed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shortest(rows: list[dict[str, Any]], length: Callable[[dict[str, Any]], int]
 def one_update(folder: Path, task: str, rows: list[dict[str, Any]], *settings: str, sft_steps: int) -> dict[str, Any]:
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = (f"task={task}", f"task.data={folder}", *settings)
+    data = (f"task={task}", f"task.data={folder}", "leaks=allow", *settings)  # learnt by heart: both splits are the same
     good(folder, "sft", *data, *TINY, f"supervised.steps={sft_steps}", "supervised.batch_size=16", "run_dir=sft")
     good(
         folder, "train", *data, "model.path=sft", "trainer.steps=1", "trainer.prompts_per_step=2", "trainer.group_size=16",
@@ -52,6 +52,16 @@ def assert_update_is_sound(metrics: dict[str, Any]) -> None:
 def test_one_update_on_gsm8k(tmp_path: Path) -> None:
     rows = shortest(real_rows("gsm8k/train.jsonl"), lambda row: len(row["answer"]))
     assert_update_is_sound(one_update(tmp_path, "gsm8k", rows, "task.completion_length=64", sft_steps=80))
+
+
+def test_one_update_on_math(tmp_path: Path) -> None:
+    path = DATA / "math" / "train.json"
+    if not path.is_file():
+        pytest.skip(f"needs the real rows at {path}; set DLLM_RL_DATA to the folder that holds math/train.json")
+    answered = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["answer"] and "sqrt" in row["answer"]]
+    rows = shortest(answered, lambda row: len(row["problem"]) + len(row["answer"]))
+    settings = (f"task.test_data={tmp_path}", "task.completion_length=32")
+    assert_update_is_sound(one_update(tmp_path, "math", rows, *settings, sft_steps=80))
 
 
 def test_one_update_on_mbpp(tmp_path: Path) -> None:

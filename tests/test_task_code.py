@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from dllm_rl.errors import UserError
+from dllm_rl.sandbox import Outcome
 from dllm_rl.task import Prompt
-from dllm_rl.tasks.code import mbpp, program_synthesis
+from dllm_rl.tasks.code import grading, mbpp, program_synthesis
 from dllm_rl.tasks.code.grading import extract_code, fenced
 from dllm_rl.tasks.code.mbpp import MBPP, prompt_text
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
+from dllm_rl.tasks.code.spoiling import spoilt
 
 ROWS = [
     {"task_id": number, "text": "Write a function to add.", "code": "def add(a, b):\r\n\treturn a + b \r\n",
@@ -164,11 +166,14 @@ def test_equal_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [2]
 
 
-def test_failing_sandbox_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/nowhere/python")
-    assert ProgramSynthesis().score(QUESTION, "x*2+3").verdict == "infra_error"
+@pytest.mark.parametrize("reward", ["all", "fraction"])
+def test_failing_sandbox_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch, reward: str) -> None:
+    for module in (program_synthesis, grading):
+        monkeypatch.setattr(module, "run_programs", lambda programs, _: [
+            Outcome("infra_error", (False,) * len(program.tests)) for program in programs])
+    assert ProgramSynthesis(reward=reward).score(QUESTION, "x*2+3").verdict == "infra_error"
     prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": "def f(): return 1"})
-    assert MBPP().score(prompt, "def f(): return 1").verdict == "infra_error"
+    assert MBPP(reward=reward).score(prompt, "def f(): return 1").verdict == "infra_error"
 
 
 @pytest.mark.parametrize(("field", "bad"), [
@@ -304,6 +309,8 @@ def test_every_row_has_a_right_and_a_wrong_answer(tmp_path: Path) -> None:
     exec(extract_code(wrong[0]), names)
     assert [names["add"](2, 3), names["add"](True, False), names["add"]("a", "b")] == [6, 2, "ab?"]
     assert names["add"]([1], [2]) == [1, 2, 0]
+    exec(spoilt("def factorial(n):\n    return n * factorial(n - 1) if n else 1", ["factorial"]), names)
+    assert names["factorial"](4) == 25
 
 
 def test_modules_of_an_assertion_are_its_own(tmp_path: Path) -> None:

@@ -70,8 +70,8 @@ def test_rows_of_a_gzip_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"plain text", r"rows\.jsonl\.gz: cannot be read \(Not a gzipped file"),
-    (gzip.compress(b"[1]\n" * 99)[:-9], r"rows\.jsonl\.gz: is no whole gzip file"),
-    (gzip.compress(b"{}\nnot JSON"), r"rows\.jsonl\.gz:2: is not JSON"),
+    (gzip.compress(b"[1]\n" * 99, mtime=0)[:-9], r"rows\.jsonl\.gz: is no whole gzip file"),
+    (gzip.compress(b"{}\nnot JSON", mtime=0), r"rows\.jsonl\.gz:2: is not JSON"),
 ])
 def test_bad_gzip_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "rows.jsonl.gz").write_bytes(content)
@@ -187,6 +187,13 @@ def test_a_check_function_is_cut_into_its_assertions() -> None:
     assert "import random" in loop.code and "for i in range(9):" in loop.code and "candidate(0, 1)" not in loop.code
     assert loop.code.startswith("candidate = add\n")
     assert "METADATA" in loop.setup and "import math" in loop.setup and "def add" not in loop.setup
+
+
+def test_set_up_neither_calls_the_check_nor_hides_the_function_under_test() -> None:
+    test = '"""Tests."""\nLIMIT = 3\ndef check(candidate):\n    assert candidate(1) in range(LIMIT)\ncheck(sum)\n'
+    (only,) = assertions_of(test, "sum", "def sum_of(x):\n    return sum(x)")
+    assert isinstance(only, Assertion)
+    assert only.setup.split("\n") == ["from builtins import range", "def sum_of(x):", "    return sum(x)", "LIMIT = 3"]
 
 
 def test_an_assertion_that_compares_the_program_with_itself_joins_the_next() -> None:

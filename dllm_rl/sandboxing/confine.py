@@ -38,11 +38,17 @@ def checked(result: int, what: str) -> None:
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def new_namespaces(extra: int, disk_mb: int) -> None:
-    """Children get process numbers of their own; this process and its children an empty, small /tmp of their own."""
-    checked(c_library().unshare(CLONE_NEWPID | CLONE_NEWNS | extra), "unshare")
+def number_children_anew(own_namespace: int) -> None:
+    """The next child will be process 1 of a new namespace; the descriptor is that of this process's own one."""
+    checked(c_library().setns(own_namespace, CLONE_NEWPID), "setns")
+    checked(c_library().unshare(CLONE_NEWPID), "unshare")
+
+
+def get_own_files(folder: str, disk_mb: int, own_ipc: bool) -> None:
+    """Puts an empty, small folder of this process's own there, and gives it queues of its own if asked to."""
+    checked(c_library().unshare(CLONE_NEWNS | (CLONE_NEWIPC if own_ipc else 0)), "unshare")
     options = f"size={disk_mb}m,nr_inodes=4096,mode=1777".encode()
-    checked(c_library().mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount")
+    checked(c_library().mount(b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options), "mount")
 
 
 def give_up_rights(uid: int | None) -> None:
@@ -73,22 +79,23 @@ def limit_resources(limits: dict[str, Any], processes: int) -> None:
     """Processor time, memory, processes, descriptors and the size of a file."""
     cpu_seconds = math.ceil(limits["seconds"]) + 1
     _limit(resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1)  # SIGXCPU, then SIGKILL
-    limit_memory(limits)
+    limit_memory(limits["memory_mb"], for_good=True)
     bounds = {"NPROC": processes, "FSIZE": limits["file_mb"] << 20, "NOFILE": 64, "CORE": 0, "STACK": 8 << 20}
     for name, bound in bounds.items():
         _limit(getattr(resource, f"RLIMIT_{name}"), bound, bound)
 
 
-def limit_memory(limits: dict[str, Any]) -> None:
+def limit_memory(megabytes: int, for_good: bool) -> None:
     """Address space, and data where the system limits nothing else."""
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        _limit(kind, limits["memory_mb"] << 20, limits["memory_mb"] << 20)
+        _limit(kind, megabytes << 20, megabytes << 20 if for_good else resource.RLIM_INFINITY)
 
 
 def _limit(kind: int, soft: int, hard: int) -> None:
     most = resource.getrlimit(kind)[1]
     if most != resource.RLIM_INFINITY:
-        soft, hard = min(soft, most), min(hard, most)
+        soft = min(soft, most)
+        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
     try:
         resource.setrlimit(kind, (soft, hard))
     except (ValueError, OSError):

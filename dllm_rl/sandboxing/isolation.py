@@ -18,6 +18,7 @@ from pathlib import Path
 
 DISK_MB = 16
 IDLE_SECONDS = 10.0
+_DEVICES = ("null", "zero", "full", "random", "urandom")
 _LIBRARY = "/sandbox"
 _SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
 _FIRST_UID = 2_000_000_000  # far from those that people and services have
@@ -37,7 +38,8 @@ class Launch:
     def command(self) -> list[str]:
         """The command line of one worker."""
         uid = spare_uid() if self.change_user else None
-        settings = {"isolated": self.isolated, "uid": uid, "disk_mb": DISK_MB, "idle_seconds": IDLE_SECONDS}
+        settings = {"isolated": self.isolated, "uid": uid, "scratch": scratch(), "disk_mb": DISK_MB,
+                    "idle_seconds": IDLE_SECONDS}
         library = _LIBRARY if self.isolated else str(Path(__file__).parents[2])
         start = [interpreter(), "-I", "-S", "-c", _START.format(library), json.dumps(settings)]
         return [*bubblewrap(self.change_user), *start] if self.isolated else start
@@ -69,6 +71,11 @@ def interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
 
 
+def scratch() -> str:
+    """Where isolated programs may write: /tmp, unless that would hide the interpreter."""
+    return "/scratch" if interpreter().startswith("/tmp/") else "/tmp"
+
+
 def spare_uid() -> int | None:
     """The first of two user numbers that nobody has, other ones on each call; None where there are not enough.
 
@@ -92,8 +99,9 @@ def bubblewrap(change_user: bool) -> list[str]:
         executable() or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         *user, "--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL",
         *(word for name in needed for word in ("--cap-add", f"CAP_{name}")),
-        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--chdir", "/tmp",
-        "--remount-ro", "/dev", "--remount-ro", "/",
+        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(), "--chdir", scratch(),
+        # Not --dev, for which bubblewrap needs a second user namespace, in which a worker could not return to its own.
+        *(word for name in _DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")), "--remount-ro", "/",
     ]
 
 
@@ -109,10 +117,9 @@ def _system() -> Iterator[str]:
 def _python() -> Iterator[str]:
     """The interpreter and its standard library; folders of installed packages are covered by empty ones."""
     if not interpreter().startswith(tuple(f"{folder}/" for folder in _SYSTEM_FOLDERS)):
-        yield from ("--ro-bind", interpreter(), interpreter())
-        for folder in sorted({Path(sys.base_prefix, "lib"), Path(sys.base_exec_prefix, sys.platlibdir)}):
-            if folder.is_dir():
-                yield from ("--ro-bind", str(folder), str(folder))
+        parts = {Path(interpreter()), Path(sys.base_prefix, "lib"), Path(sys.base_exec_prefix, sys.platlibdir)}
+        for part in sorted(path for path in parts if path.exists()):
+            yield from _seen_at(part, part)
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     for prefix, python, packages in itertools.product(
         sorted({sys.base_prefix, "/usr", "/usr/local"}), ("python3", version), ("site-packages", "dist-packages"),
@@ -125,4 +132,10 @@ def _python() -> Iterator[str]:
 def _workers_own() -> Iterator[str]:
     here = Path(__file__).parent
     for path in (here.parent / "__init__.py", here):
-        yield from ("--ro-bind", str(path), f"{_LIBRARY}/dllm_rl/{path.name}")
+        yield from _seen_at(path, Path(_LIBRARY, "dllm_rl", path.name))
+
+
+def _seen_at(path: Path, place: Path) -> Iterator[str]:
+    for folder in reversed(place.parents[:-1]):  # nobody else may pass those that bubblewrap makes by itself
+        yield from ("--dir", str(folder))
+    yield from ("--ro-bind", str(path), str(place))

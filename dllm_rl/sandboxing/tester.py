@@ -1,204 +1,84 @@
-"""The tests' side of a program that runs in another process.
+"""The tester of a worker: tests one program after the other and never executes a line of any.
 
-`Call` expressions are passed on to the program's process. Assertions run here, in a process that never executes a line
-of the program, with the program's names as stand-ins: calling one sends plain data over and gets plain data back. An
-object that is no plain data stays over there, and what comes back is a `Handle`, which equals nothing but itself.
+The worker hands it a channel to each program's process, which was forked before the job was there to read. What a test
+leaves behind here is the data set's doing, not a program's; all that comes from a program is plain data.
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
+import json
+import os
+import select
+import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
-from dllm_rl.sandboxing.codec import decode, encode, frame, read_frame
+from dllm_rl.sandboxing import confine
+from dllm_rl.sandboxing.codec import frame, read_frame
+from dllm_rl.sandboxing.remote import Remote, run_tests
 
-SOURCE_FAILED = -1  # index of the record that says that the program itself raised an exception
-
-
-class Ended(BaseException):
-    """The program's process will answer no more. No test can catch it for good: every further request raises it."""
+IDLE_EXIT = 3  # the exit status when no job has come for a while, or none will ever come
 
 
-class Remote:
-    """The program's process, as seen from here."""
+class Tester:
+    """Reads jobs, writes reports, and asks the worker, over `control`, for programs and how they ended."""
 
-    def __init__(self, channel: socket.socket, seconds: float, output_bytes: int) -> None:
-        self.channel = channel
-        self.deadline = time.monotonic() + seconds
-        self.budget = output_bytes
-        self.ending: str | None = None
-        """Why it answers no more: `exit`, `timeout` or `output`."""
+    def __init__(self, jobs: int, reports: int, control: socket.socket, idle_seconds: float) -> None:
+        self.jobs, self.reports, self.control, self.idle_seconds = jobs, reports, control, idle_seconds
 
-    def ask(self, *request: Any) -> Any:
-        """The JSON form of the reply to a request."""
-        if self.ending is None:
-            try:
-                self.tell(*request)
-                return read_frame(self._read, self.budget)
-            except TimeoutError:
-                self.ending = "timeout"
-            except OverflowError:
-                self.ending = "output"
-            except (EOFError, OSError):
-                self.ending = "exit"
-        raise Ended(self.ending)
+    def run(self) -> int:
+        """Serves until there is no more work; the exit status."""
+        while True:
+            descriptors = socket.recv_fds(self.control, 1, 1)[1]
+            if not descriptors:  # the worker has ended
+                return IDLE_EXIT
+            with socket.socket(fileno=descriptors[0]) as channel:
+                confined = read_frame(channel.recv)
+                if confined is not True:
+                    raise OSError(f"the program's process could not be confined: {confined}")
+                self._report({"ready": True})
+                job = self._next_job()
+                if job is None:
+                    return IDLE_EXIT
+                self._do(job, channel)
 
-    def tell(self, *request: Any) -> None:
-        """Sends a request without waiting for its reply."""
-        self._wait_no_longer_than_allowed()
-        self.channel.sendall(frame(request))
-
-    def value(self, *request: Any) -> Any:
-        """The value that a request yields here; what it raises over there, it raises here."""
-        reply = self.ask(*request)
-        if "error" in reply:
-            raise _exception(*reply["error"])
-        return decode(reply["value"], lambda number: Handle(self, int(number)))
-
-    def operate(self, operation: str, *operands: Any) -> Any:
-        """The result of an operation on operands of this side, handles among them."""
-        return self.value(operation, *(encode(operand, self._number) for operand in operands))
-
-    def _number(self, operand: Any) -> int:
-        if type(operand) is Handle and operand._remote is self:
-            return operand._number
-        raise TypeError(f"the program cannot be handed an object of type {type(operand).__name__}")
-
-    def _read(self, most: int) -> bytes:
-        self._wait_no_longer_than_allowed()
-        data = self.channel.recv(most)
-        self.budget -= len(data)
-        return data
-
-    def _wait_no_longer_than_allowed(self) -> None:
-        seconds = self.deadline - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        self.channel.settimeout(seconds)
-
-
-class Handle:
-    """An object of the program's process. Using it is done over there; it is never equal to anything of this side."""
-
-    __slots__ = ("_number", "_remote")
-
-    def __init__(self, remote: Remote, number: int) -> None:
-        self._remote, self._number = remote, number
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._remote.operate("call", self, list(arguments), options)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._remote.operate("attribute", self, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._remote.operate("iterate", self)
-
-    def __next__(self) -> Any:
-        return self._remote.operate("next", self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._remote.operate("item", self, key)
-
-    def __contains__(self, item: Any) -> bool:
-        return bool(self._remote.operate("contains", self, item))
-
-    def __len__(self) -> int:
-        return int(self._remote.operate("length", self))
-
-    def __bool__(self) -> bool:
-        return bool(self._remote.operate("truth", self))
-
-
-class Names(dict[str, Any]):
-    """The names of a test: its own, those of Python, then those of the program, so that no program redefines `abs`."""
-
-    def __init__(self, remote: Remote) -> None:
-        super().__init__(__name__="test")
-        self._remote = remote
-
-    def __missing__(self, name: str) -> Any:
-        if hasattr(builtins, name) or name.startswith("__"):
-            raise KeyError(name)
+    def _next_job(self) -> dict[str, Any] | None:
+        if not select.select([self.jobs], [], [], self.idle_seconds)[0]:
+            return None
         try:
-            return self._remote.value("global", name)
-        except NameError:
-            raise KeyError(name) from None
+            job: dict[str, Any] = read_frame(lambda most: os.read(self.jobs, most))
+        except EOFError:
+            return None
+        return job
 
+    def _do(self, job: dict[str, Any], channel: socket.socket) -> None:
+        limits = job["limits"]
+        signal.setitimer(signal.ITIMER_REAL, limits["seconds"] + 60)  # should a test hang while the caller is stopped
+        confine.limit_memory(limits["memory_mb"], for_good=False)
+        remote = Remote(channel, limits["seconds"], limits["output_bytes"])
+        channel.sendall(frame(limits))
+        good = run_tests(remote, job["source"], job["tests"], self._report)
+        code = self._end_program(remote, good)
+        good = good and code == 0 and remote.ending is None
+        self._report({"end": remote.ending or "exit", "code": code, "nonce": job["nonce"] if good else ""})
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
-def run_tests(remote: Remote, source: str, tests: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> bool:
-    """Executes the program, then its tests, and reports each. True if all had a value, and assertions held."""
-    try:
-        executed = remote.ask("execute", source)
-        if "error" in executed:
-            report({"test": SOURCE_FAILED, "error": _message(executed)})
-            return False
-        good = True
-        for index, test in enumerate(tests):
-            record = _record(remote, test)
-            report({"test": index, **record})
-            good = good and "value" in record
-        return good and remote.ending is None
-    except Ended:
-        return False
-    except (ValueError, TypeError, RecursionError):  # it wrote something of its own to the channel
-        remote.ending = "garbage"
-        return False
+    def _end_program(self, remote: Remote, good: bool) -> int | None:
+        """The exit status of the program's process, None if it was killed; nothing of it is left then."""
+        may_end_by_itself = good or remote.ending == "exit"
+        if may_end_by_itself:
+            with suppress(OSError):
+                remote.tell("finish")
+        seconds = remote.deadline - time.monotonic() if may_end_by_itself else 0
+        self.control.sendall(frame(max(0, seconds)))
+        code: int | None = read_frame(self.control.recv)
+        if may_end_by_itself and code is None:
+            remote.ending = "timeout"
+        return code
 
-
-def _record(remote: Remote, test: dict[str, Any]) -> dict[str, Any]:
-    if "expression" in test:
-        reply = remote.ask("evaluate", test["expression"], test["arguments"])
-        return {"error": _message(reply)} if "error" in reply else {"value": reply["value"]}
-    try:
-        run_assertion(test["assertion"], test["setup"], Names(remote))
-    except Ended:
-        raise
-    except BaseException as error:
-        return {"error": f"{type(error).__name__}: {error}"[:200]}
-    if remote.ending:  # the test has caught it
-        raise Ended(remote.ending)
-    return {"value": True}
-
-
-def run_assertion(code: str, setup: str, names: dict[str, Any]) -> None:
-    """Runs a test and raises ValueError if it reached no `assert`; the counter has a name that occurs nowhere."""
-    tree = ast.parse(code)
-    counter = "_reached"
-    while counter in code or counter in setup:
-        counter += "_"
-    reached: list[None] = []
-    tree = ast.fix_missing_locations(_CountAssertions(counter).visit(tree))
-    names[counter] = lambda: reached.append(None)
-    exec(compile(setup, "<setup>", "exec", dont_inherit=True), names)
-    exec(compile(tree, "<test>", "exec", dont_inherit=True), names)
-    if not reached:
-        raise ValueError("no assertion was executed")
-
-
-class _CountAssertions(ast.NodeTransformer):
-    def __init__(self, counter: str) -> None:
-        self.counter = counter
-
-    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
-        return [node, ast.Expr(ast.Call(ast.Name(self.counter, ast.Load()), [], []))]
-
-
-def _exception(name: str, message: str) -> Exception:
-    """The builtin exception of that name, so that a test can expect it; anything else is a plain `Exception`."""
-    kind = getattr(builtins, str(name), None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        try:
-            return kind(message)
-        except TypeError:  # such as UnicodeDecodeError, which wants five arguments
-            pass
-    return Exception(f"{name}: {message}")
-
-
-def _message(reply: dict[str, Any]) -> str:
-    name, message = reply["error"]
-    return f"{name}: {message}"[:200]
+    def _report(self, message: dict[str, Any]) -> None:
+        line = memoryview(json.dumps(message).encode() + b"\n")
+        while line:
+            line = line[os.write(self.reports, line):]

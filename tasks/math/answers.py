@@ -29,8 +29,8 @@ from dllm_rl.tasks.math.quantities import Quantity, contradict, quantity, split_
 
 Decision = Literal["right", "wrong", "undecided"]
 
-MAX_DEPTH = 20
-"""An answer whose brackets nest deeper is wrong."""
+MAX_DEPTH = 12
+"""An answer whose brackets nest deeper is wrong; those of MATH nest 3 deep at most."""
 
 _TEXT_ONLY = re.compile(r"\\text ?\{([^{}]*)\}")
 _NAME = re.compile(r"(?:[A-Za-z]|\\[a-zA-Z]+)(?:_[A-Za-z0-9]|_\{[^{}]*\})?(?: ?\( ?[A-Za-z0-9]+ ?\))?")

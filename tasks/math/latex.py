@@ -11,7 +11,7 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
-MAX_ANSWER = 1000
+MAX_ANSWER = 500
 """A longer answer is wrong: the longest one of MATH has 159 characters."""
 
 _UNICODE = str.maketrans({

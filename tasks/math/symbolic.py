@@ -10,6 +10,7 @@ or crash a run. Any number of threads may compare at once. Results are kept, sin
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import queue
@@ -125,8 +126,11 @@ class Pool:
 
     def close(self) -> None:
         """Ends the idle workers; the pool can be used again."""
-        for _ in range(self._idle.qsize()):
-            worker = self._idle.get()
+        idle = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                idle.append(self._idle.get_nowait())
+        for worker in idle:
             if worker is not None:
                 worker.close()
             self._idle.put(None)

@@ -19,8 +19,8 @@ Grades = Iterator[tuple[Prompt, str, str]]
 
 
 def countdown_grades(data: str, protocol: str = "plain") -> Grades:
-    """The rows of a Countdown file that have a solution. By turns the wrong one changes a number, adds the target after an
-    equals sign or uses a number twice."""
+    """The rows of a Countdown file that have a solution. By turns the wrong one has the right value with numbers that are
+    not given, states the target after an equals sign, or uses a given number three times."""
     task = Countdown(data=data, protocol=protocol, completion_length=256)
     for index, prompt in enumerate(task.prompts("test")):
         numbers, target = prompt.data["numbers"], prompt.data["target"]
@@ -44,7 +44,7 @@ def sudoku_grades(data: str, protocol: str = "plain") -> Grades:
 def solve(numbers: Sequence[int], target: int) -> str | None:
     """An expression that uses every number once and equals the target; None where there is none.
 
-    Example: `solve([30, 100, 93], 23)` is "((30-100)+93)".
+    Example: `solve([30, 100, 93], 23)` is "(93+(30-100))".
     """
     return _solve([(Fraction(number), str(number)) for number in numbers], target)
 
