@@ -49,6 +49,8 @@ ESTIMATORS: dict[str, type[Likelihood]] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call the length of a generation, in lm-eval's order of precedence."""
+KNOWN = {"until", "do_sample", "temperature", *LENGTHS}
+"""The generation settings that mean something here."""
 log = logging.getLogger(__name__)
 
 
@@ -111,8 +113,10 @@ class MaskedDiffusionLM(LM):
             raise bad_value("path", path, "a run folder, a checkpoint folder, an adapter folder or a hub name")
         check(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "an integer >= 1")
         for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0), ("max_gen_toks", max_gen_toks, 1),
-                                   ("block_length", block_length, 1), ("max_length", max_length or 2, 2)):
+                                   ("block_length", block_length, 1), ("denoising_steps", denoising_steps or 1, 1),
+                                   ("max_length", max_length or 2, 2)):
             check(isinstance(value, int) and value >= least, name, value, f"an integer >= {least}")
+        check(isinstance(temperature, (int, float)) and temperature >= 0, "temperature", temperature, "a number >= 0")
         check(likelihood in ESTIMATORS, "likelihood", likelihood, " or ".join(ESTIMATORS))
         check(dtype in DTYPES, "dtype", dtype, " or ".join(DTYPES))
         check(str(device or "cpu").split(":")[0] in ("cpu", "cuda"), "device", device, "cpu or cuda")
@@ -138,8 +142,8 @@ class MaskedDiffusionLM(LM):
         for batch in self._batches([(len(text.target), len(text.prompt)) for text in texts], disable_tqdm):
             completions = self._completions([texts[index] for index in batch])
             greedy = reproduces(self.policy, completions.prompts, completions.ids).tolist()
-            for index, *answer in zip(batch, self._elbos(completions), greedy, strict=True):
-                answers[index] = (answer[0], answer[1])
+            for index, value, flag in zip(batch, self._elbos(completions), greedy, strict=True):
+                answers[index] = (value, flag)
                 self.cache_hook.add_partial("loglikelihood", requests[index].args, answers[index])
         return answers
 
@@ -164,6 +168,8 @@ class MaskedDiffusionLM(LM):
             name = json.dumps(request.args, sort_keys=True)
             jobs.append(self._job(context, settings, seen[name]))
             seen[name] += 1
+        if ignored := {name for request in requests for name in request.args[1]} - KNOWN:
+            log.warning("the sampler knows nothing of %s", ", ".join(sorted(ignored)))
         _warn_of_lost([job.lost for job in jobs], self.max_length)
         texts = [""] * len(jobs)
         keys = [((job.canvas, job.temperature), len(job.prompt)) for job in jobs]
@@ -236,13 +242,11 @@ class MaskedDiffusionLM(LM):
 
     def _job(self, context: str, settings: dict[str, Any], number: int) -> Job:
         """What a request asks for. `number` counts the equal requests before it."""
-        known = {"until", "do_sample", "temperature", *LENGTHS}
-        if ignored := {name: value for name, value in settings.items() if name not in known}:
-            log.warning("the sampler knows nothing of %s", ignored)
         max_tokens = int(next((settings[name] for name in LENGTHS if settings.get(name) is not None), self.max_gen_toks))
         check(max_tokens >= 1, "max_gen_toks", max_tokens, "an integer >= 1")
         block = min(self.sampler.block_length, max_tokens)
         canvas = -(-max_tokens // block) * block
+        self.sampler.plan(canvas)  # refuses numbers of steps that do not fit, before anything is computed
         temperature = settings.get("temperature")
         temperature = self.sampler.temperature if temperature is None else float(temperature)
         greedy = settings.get("do_sample") is False

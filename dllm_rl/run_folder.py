@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from dllm_rl.errors import UserError
 
 MANIFEST = "manifest.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -39,14 +41,28 @@ def resolve_model_path(path: str, key: str = "model.path") -> str:
 
 def weights_digest(path: str) -> str:
     """Tells the weights in a folder from others: a hash of the names, sizes and times of its files, or with a manifest of
-    their contents. A hub name stands for itself."""
+    their contents. An adapter's is of its base as well. A hub name stands for itself."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
     if (folder / MANIFEST).is_file():
         return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    if (folder / ADAPTER_CONFIG).is_file():
+        settings = adapter_settings(folder, "model.path")
+        base = str(settings.get("base_model_name_or_path"))
+        resolved = resolve_model_path(base, f"model.path={path}: base_model_name_or_path")
+        return hashlib.sha256(repr((files, settings, weights_digest(resolved))).encode()).hexdigest()[:16]
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+
+
+def adapter_settings(folder: Path, key: str) -> dict[str, Any]:
+    """What peft wrote down about the adapter in a folder. `key` is what messages call the folder."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{key}={folder}: {ADAPTER_CONFIG} is not JSON ({error})") from None
+    return settings
 
 
 def step_folders(run_dir: Path) -> list[Path]:

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dllm_rl.checkpoint import save_checkpoint
 from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import build_tokenizer
+from dllm_rl.run_folder import weights_digest
 from tests.conftest import make_completions, make_policy
 from tests.test_cli import SMALL, dllm, good
 
@@ -190,6 +192,22 @@ def test_an_adapter_on_the_hub_is_not_half_loaded(base: Path, monkeypatch: pytes
         load_policy(str(base))
 
 
+def test_the_digest_of_an_adapter_is_of_its_base_too(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """A resumed evaluation must notice that the base has been trained further."""
+    run = tmp_path / "run"
+    policy = load_policy(str(base))
+    save_checkpoint(run, 1, policy, {}, keep=5)
+    edit(adapter, base_model_name_or_path=str(run))
+    digests = [weights_digest(str(adapter)), weights_digest(str(adapter))]
+    save_checkpoint(run, 2, make_policy(torch.float32, seed=1), {}, keep=5)
+    digests.append(weights_digest(str(adapter)))
+    edit(adapter, lora_alpha=2 * ALPHA)
+    digests.append(weights_digest(str(adapter)))
+    drop_a_weight(adapter)
+    digests.append(weights_digest(str(adapter)))
+    assert digests[0] == digests[1] and len({*digests}) == 4
+
+
 def test_the_commands_take_an_adapter(tmp_path: Path) -> None:
     """The adapter of a run folder: evaluated, and with another outcome than its base."""
     good(tmp_path, "sft", "task=sudoku", *SMALL, "run_dir=start")
@@ -200,7 +218,7 @@ def test_the_commands_take_an_adapter(tmp_path: Path) -> None:
         good(tmp_path, "evaluate", "task=sudoku", f"model.path={path}", "evaluation.num_prompts=4", f"run_dir={name}")
     results = [json.loads((tmp_path / name / "results.json").read_text())["sudoku"] for name in ("a", "b")]
     assert [result["n"] for result in results] == [4, 4]
-    assert (tmp_path / "a" / "answers.jsonl").read_text() != (tmp_path / "b" / "answers.jsonl").read_text()
+    assert (tmp_path / "a" / "samples.jsonl").read_text() != (tmp_path / "b" / "samples.jsonl").read_text()
     edit(tmp_path / "adapter", base_model_name_or_path="./nowhere")
     done = dllm(tmp_path, "evaluate", "task=sudoku", "model.path=adapter", "run_dir=c")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -339,8 +339,14 @@ def test_sampled_generations(make: Callable[..., MaskedDiffusionLM]) -> None:
 def test_settings_that_the_sampler_lacks_are_reported(
     make: Callable[..., MaskedDiffusionLM], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ask(make(), "generate_until", ("a", {"max_gen_toks": 4, "top_p": 0.9}))
-    assert "the sampler knows nothing of {'top_p': 0.9}" in caplog.text
+    settings = {"max_gen_toks": 4, "until": "b"}
+    ask(make(), "generate_until", ("a", {**settings, "top_p": 0.9}), ("b", {**settings, "top_k": 5}))
+    assert [record.message for record in caplog.records] == ["the sampler knows nothing of top_k, top_p"]
+
+
+def test_steps_that_do_not_fit_are_refused(make: Callable[..., MaskedDiffusionLM]) -> None:
+    with pytest.raises(UserError, match=r"denoising_steps=3: must be a multiple of the number of blocks \(2\)"):
+        ask(make(block_length=4, denoising_steps=3), "generate_until", ("a", {"max_gen_toks": 7}))
 
 
 # lm-eval itself ------------------------------------------------------------------------------------------------------
@@ -438,7 +444,8 @@ def test_the_cache_of_lm_eval(tmp_path: Path, make: Callable[..., MaskedDiffusio
     ({"likelihood": "trajectory"}, "likelihood=trajectory: must be elbo or bernoulli"),
     ({"dtype": "int8"}, "dtype=int8: must be float32"), ({"device": "tpu"}, "device=tpu: must be cpu or cuda"),
     ({"max_length": 1}, "max_length=1: must be an integer >= 2"), ({"block_length": 0}, "block_length=0"),
-    ({"temperature": -1.0}, "temperature=-1.0"), ({"likelihood": "coupled", "num_samples": 3}, "a multiple of 2"),
+    ({"temperature": -1.0}, "temperature=-1.0"), ({"temperature": "hot"}, "temperature=hot: must be a number >= 0"),
+    ({"denoising_steps": "many"}, "denoising_steps=many"), ({"likelihood": "coupled", "num_samples": 3}, "a multiple of 2"),
     ({"pretrained": "x"}, "pretrained: no such model argument; must be one of path, num_samples"),
 ])
 def test_bad_arguments_are_named(folder: Path, arguments: dict[str, Any], message: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dllm_rl.errors import UserError
+from dllm_rl.run_folder import ADAPTER_CONFIG, adapter_settings
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def base_of(folder: Path, key: str) -> str:
@@ -24,17 +24,14 @@ def base_of(folder: Path, key: str) -> str:
     Raises:
         UserError: the folder is incomplete, holds no LoRA adapter, or peft is not installed.
     """
-    try:
-        settings = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise UserError(f"{key}={folder}: {CONFIG} is not JSON ({error})") from None
+    settings = adapter_settings(folder, key)
     kind, base = settings.get("peft_type"), settings.get("base_model_name_or_path")
     if kind != "LORA":
-        raise UserError(f"{key}={folder}: {CONFIG} has peft_type={kind}; must be LORA, whose weights can be merged")
+        raise UserError(f"{key}={folder}: {ADAPTER_CONFIG} has peft_type={kind}; must be LORA, whose weights can be merged")
     if not base:
-        raise UserError(f"{key}={folder}: {CONFIG} has no base_model_name_or_path; must be a model folder or a hub name")
+        raise UserError(f"{key}={folder}: {ADAPTER_CONFIG} has no base_model_name_or_path; must be a folder or a hub name")
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{key}={folder}: has {CONFIG} but no {WEIGHTS}")
+        raise UserError(f"{key}={folder}: has {ADAPTER_CONFIG} but no {WEIGHTS}")
     try:
         import peft  # noqa: F401
     except ImportError as error:
