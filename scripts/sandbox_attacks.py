@@ -5,7 +5,8 @@ Each is run against tests that it does not solve: `add(2, 3) == 5` and `add(4, 5
 content of a file of the caller's. A `World` tells whether anything outside has changed.
 
 The programs are in sandbox_attacks.txt. Names that they find defined: MARKER, a folder of the caller's that everybody may
-write to; CANARY, a file in it; SECRET_FILE; HOST_PID, the caller's process; PORT, where the caller listens.
+write to; CANARY, a file in it; SECRET_FILE; HOST_PID, the caller's process; NEIGHBOUR, another one, with the secret in its
+environment; PORT, where the caller listens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,6 +85,7 @@ class World:
         self.open_secret = self.secret_file.open()
         os.set_inheritable(self.open_secret.fileno(), True)
         os.environ["SANDBOX_SECRET"] = self.secret
+        self.neighbour = subprocess.Popen(["sleep", "3600"])
         self.old_temporary, tempfile.tempdir = tempfile.tempdir, str(self.temporary)
         sandbox.close()
         self.children, self.descriptors = _children(), _descriptors()
@@ -93,11 +96,13 @@ class World:
         os.environ.pop("SANDBOX_SECRET", None)
         self.listener.close()
         self.open_secret.close()
+        self.neighbour.kill()
+        self.neighbour.wait()
 
     def programs(self, name: str) -> list[Program]:
         """An attack on calls, and the same on assertions."""
         names = {"MARKER": str(self.marker), "CANARY": str(self.canary), "SECRET_FILE": str(self.secret_file),
-                 "HOST_PID": os.getpid(), "PORT": self.listener.getsockname()[1]}
+                 "HOST_PID": os.getpid(), "NEIGHBOUR": self.neighbour.pid, "PORT": self.listener.getsockname()[1]}
         source = "".join(f"{name} = {value!r}\n" for name, value in names.items()) + ATTACKS[name].source
         if ATTACKS[name].wants == "theft":
             calls = [Call("loot()", self.secret)]
@@ -138,6 +143,7 @@ class World:
         while _children() != self.children and time.monotonic() < deadline:
             time.sleep(0.01)
         found = [f"process {pid}" for pid in _children() - self.children]
+        found += ["the neighbour is not well"] if self.neighbour.poll() is not None else []
         for pid in _children() - self.children:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

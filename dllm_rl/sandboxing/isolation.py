@@ -99,7 +99,8 @@ def bubblewrap(change_user: bool) -> list[str]:
         executable() or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         *user, "--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL",
         *(word for name in needed for word in ("--cap-add", f"CAP_{name}")),
-        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(), "--chdir", scratch(), "--dir", "/dev",
+        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(),
+        "--chdir", scratch(), "--dir", "/dev",
         # Not --dev, for which bubblewrap needs a second user namespace, in which a worker could not return to its own.
         *(word for name in _DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")), "--remount-ro", "/",
     ]
