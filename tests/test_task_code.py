@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dllm_rl import sandbox
 from dllm_rl.errors import UserError
 from dllm_rl.task import Prompt
 from dllm_rl.tasks.code import mbpp, program_synthesis
@@ -164,7 +165,8 @@ def test_equal_answers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_failing_sandbox_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    sandbox.close()
+    monkeypatch.setattr("dllm_rl.sandboxing.isolation.interpreter", lambda: "/nowhere/python")
     assert ProgramSynthesis().score(QUESTION, "x*2+3").verdict == "infra_error"
     prompt = Prompt("test/11", "", {"asserts": ("assert f() == 1",), "setup": "", "code": ""})
     assert MBPP().score(prompt, "def f(): return 1").verdict == "infra_error"
