@@ -114,6 +114,15 @@ def test_fake_verdicts_and_nonces_fail() -> None:
     assert not any(any(outcome.passed) for outcome in outcomes)
 
 
+def test_forged_depths_fail() -> None:
+    """Somewhere between what every process can read and what none can, there must be no gap."""
+    forge = "import os\ndef send(text): os.write(3, len(text).to_bytes(4, 'big') + text)\nsend(b'{\"value\": null}')\n" \
+            "for _ in range(2): send(b'{\"value\": ' + b'[' * DEPTH + b']' * DEPTH + b'}')\n"
+    programs = [Program(f"DEPTH = {depth}\n{forge}", tests) for depth in (*range(100, 900, 100), *range(900, 1000, 10))
+                for tests in (ADD, ADD_ASSERTED)]
+    assert {(outcome.status, any(outcome.passed)) for outcome in run_programs(programs, QUICK)} == {("failed", False)}
+
+
 def test_printing_is_harmless() -> None:
     assert run(RIGHT + "import sys\nprint('passed', flush=True)\nprint('x', file=sys.stderr)").status == "ok"
 
