@@ -15,10 +15,12 @@ from transformers.utils import logging
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.base import LossInputs
+from dllm_rl.sandbox import SandboxConfig, configure
 from dllm_rl.types import Completions
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+configure(SandboxConfig(allow_unisolated=True))  # tests that are not about isolation run anywhere
 
 
 def make_policy(dtype: torch.dtype = torch.float64, seed: int = 0) -> Policy:

@@ -153,7 +153,6 @@ def test_R10_tricks_earn_nothing_of_mbpp(tmp_path: Path) -> None:
     assert {name: reward.value for name, reward in zip(TRICKS, rewards, strict=True)} == dict.fromkeys(TRICKS, 0.0)
 
 
-@pytest.mark.xfail(strict=False, reason="a sandbox that runs assertions beside the program believes its objects")
 def test_R10_lying_objects_earn_nothing_of_assertions(task: HumanEval) -> None:
     assert graded(task, [TRICKS["__eq__"], TRICKS["__eq__ of an int"]]) == [("wrong", 0.0)] * 2
 

@@ -99,7 +99,8 @@ def bubblewrap(change_user: bool) -> list[str]:
         executable() or "bwrap", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         *user, "--new-session", "--as-pid-1", "--clearenv", "--cap-drop", "ALL",
         *(word for name in needed for word in ("--cap-add", f"CAP_{name}")),
-        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(), "--chdir", scratch(),
+        *_system(), *_python(), *_workers_own(), "--proc", "/proc", "--dir", scratch(),
+        "--chdir", scratch(), "--dir", "/dev",
         # Not --dev, for which bubblewrap needs a second user namespace, in which a worker could not return to its own.
         *(word for name in _DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")), "--remount-ro", "/",
     ]
@@ -111,7 +112,8 @@ def _system() -> Iterator[str]:
             yield from ("--symlink", os.readlink(folder), folder)
         elif os.path.isdir(folder):
             yield from ("--ro-bind", folder, folder)
-    yield from ("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")
+    if os.path.exists("/etc/ld.so.cache"):
+        yield from _seen_at(Path("/etc/ld.so.cache"), Path("/etc/ld.so.cache"))
 
 
 def _python() -> Iterator[str]:

@@ -25,6 +25,7 @@ from dllm_rl.sandboxing.isolation import Launch
 from dllm_rl.sandboxing.zygote import TESTER_KILLED, remove
 
 GRACE_SECONDS = 0.75  # a tester ends its program in time; if it cannot, because a test hangs, the worker is closed
+CLOSE_SECONDS = 10.0  # what a worker without isolation may need to remove the files of a program
 ATTEMPTS = 2
 MAX_FAILED_STARTS = 3
 
@@ -101,7 +102,7 @@ class Worker:
         with suppress(OSError):
             self.jobs.close()  # a worker without a caller kills what it runs and ends
         try:
-            self.process.wait(timeout=2)
+            self.process.wait(timeout=CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -134,15 +135,13 @@ class Pool:
 
     def take(self) -> Worker:
         """An idle worker, or a new one."""
-        while True:
-            with self._lock:
-                if not self._idle:
-                    break
-                worker = self._idle.pop()
-            if worker.process.poll() is None:
-                return worker
+        with self._lock:
+            ended = [worker for worker in self._idle if worker.process.poll() is not None]  # idle for too long
+            self._idle = [worker for worker in self._idle if worker not in ended]
+            found = self._idle.pop() if self._idle else None
+        for worker in ended:
             worker.close()
-        return Worker(self.launch)
+        return found or Worker(self.launch)
 
     def try_out(self, seconds: float) -> str:
         """Why no worker can be started; empty if one can."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,10 @@ class Names(dict[str, Any]):
 
 
 def run_tests(remote: Remote, source: str, tests: list[dict[str, Any]], report: Callable[[dict[str, Any]], None]) -> bool:
-    """Executes the program, then its tests, and reports each. True if all had a value, and assertions held."""
+    """Executes the program, then its tests, and reports each. True if all had a value, and assertions held.
+
+    Values are reported as JSON in JSON: who reads reports need not be able to read what a program has made up.
+    """
     try:
         executed = remote.ask("execute", source)
         if "error" in executed:
@@ -145,7 +149,7 @@ def run_tests(remote: Remote, source: str, tests: list[dict[str, Any]], report: 
         return good and remote.ending is None
     except Ended:
         return False
-    except (ValueError, TypeError, RecursionError):  # it wrote something of its own to the channel
+    except Exception:  # it wrote something of its own to the channel
         remote.ending = "garbage"
         return False
 
@@ -153,7 +157,7 @@ def run_tests(remote: Remote, source: str, tests: list[dict[str, Any]], report: 
 def _record(remote: Remote, test: dict[str, Any]) -> dict[str, Any]:
     if "expression" in test:
         reply = remote.ask("evaluate", test["expression"], test["arguments"])
-        return {"error": _message(reply)} if "error" in reply else {"value": reply["value"]}
+        return {"error": _message(reply)} if "error" in reply else {"value": json.dumps(reply["value"])}
     try:
         run_assertion(test["assertion"], test["setup"], Names(remote))
     except Ended:
@@ -162,7 +166,7 @@ def _record(remote: Remote, test: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:200]}
     if remote.ending:  # the test has caught it
         raise Ended(remote.ending)
-    return {"value": True}
+    return {"value": "true"}
 
 
 def run_assertion(code: str, setup: str, names: dict[str, Any]) -> None:
