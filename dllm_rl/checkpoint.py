@@ -6,7 +6,6 @@ numbers are keyed by the step (`diffusion/noise.py`), so the step is the state o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,11 +14,14 @@ from typing import Any
 
 import torch
 
-from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.value_head import ValueModel
+from dllm_rl.run_folder import MANIFEST, digest_of, latest_checkpoint, resolve_model_path, step_folders, weights_digest
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST", "STATE", "latest_checkpoint", "load_state", "resolve_model_path", "save_checkpoint", "weights_digest",
+]
+
 STATE = "trainer.pt"
 
 
@@ -45,19 +47,9 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
     _sync(final.parent)
-    for old in _step_folders(run_dir)[:-keep]:
+    for old in step_folders(run_dir)[:-keep]:
         shutil.rmtree(old)
     return final
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run. Damaged ones are passed over with a message; None if none is left."""
-    for folder in reversed(_step_folders(run_dir)):
-        damage = _damage(folder)
-        if damage is None:
-            return folder
-        print(f"passing over {folder}: {damage}")
-    return None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -66,69 +58,14 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def resolve_model_path(path: str) -> str:
-    """A run folder stands for its newest complete checkpoint; any other path is returned as it is.
-
-    Raises:
-        UserError: a run folder without a complete checkpoint.
-    """
-    run_dir = Path(path).expanduser()
-    if not (run_dir / "checkpoints").is_dir():
-        return path
-    newest = latest_checkpoint(run_dir)
-    if newest is None:
-        raise UserError(f"model.path={path}: is a run folder without a complete checkpoint; must be a run folder with one, "
-                        "a checkpoint folder, or a hub name")
-    return str(newest)
-
-
-def weights_digest(path: str) -> str:
-    """Tells the weights in a folder from others: a hash of the names, sizes and times of its files, or with a manifest of
-    their contents. A hub name stands for itself."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return path
-    if (folder / MANIFEST).is_file():
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-
-
-def _step_folders(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step-*"))
-
-
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    manifest = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest_of(path)} for path in files}
     for path in files:
         _sync(path)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _sync(folder / MANIFEST)
     _sync(folder)
-
-
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"no readable {MANIFEST}"
-    for name, facts in manifest.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            return f"{name} is missing or has another size"
-        if _digest(path) != facts["sha256"]:
-            return f"{name} has another SHA-256"
-    return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

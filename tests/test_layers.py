@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LAYERS = (
-    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandbox_runner", "memory"),
+    ("errors", "types", "task", "leaks", "statistics", "rows", "sandbox", "sandbox_runner", "memory", "run_folder"),
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
     ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm_rl.errors import UserError
+from dllm_rl.models.adapter import base_of, is_adapter, merge
+from dllm_rl.run_folder import resolve_model_path
 from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 
@@ -198,24 +200,39 @@ class Policy:
 
 
 def load_policy(path: str) -> Policy:
-    """A policy from a checkpoint folder or a hub name.
+    """A policy from a run folder (its newest checkpoint), a checkpoint folder, a folder with a LoRA adapter, or a hub name.
+
+    An adapter is merged into the weights of the base model that its `adapter_config.json` names.
 
     Raises:
         UserError: the folder lacks the configuration, weights or tokenizer, or the hub has no such model.
     """
-    folder = Path(path).expanduser()
+    return Policy(*_load(path, "model.path"))
+
+
+def _load(path: str, key: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Network and tokenizer. `key` is what messages call the path."""
+    folder = Path(resolve_model_path(path, key)).expanduser()
+    if is_adapter(folder):
+        network, tokenizer = _load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path")
+        own = (folder / "tokenizer.json").is_file()
+        return merge(network, folder, key), AutoTokenizer.from_pretrained(folder) if own else tokenizer
     if folder.is_dir():
-        _check_folder(folder)
+        _check_folder(folder, key)
+        path = str(folder)
     elif _looks_local(path):
-        raise UserError(f"model.path={path}: no such folder; must be a folder with {CHECKPOINT_FILES}, or a hub name")
+        raise UserError(f"{key}={path}: no such folder; must be a folder with {CHECKPOINT_FILES}, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"model.path={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, "
+        raise UserError(f"{key}={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, "
                         f"or a hub name ({reason})") from None
-    return Policy(network, tokenizer)
+    if getattr(network, "_hf_peft_config_loaded", False):
+        # transformers fetches an adapter's base by itself, but does not merge: training would lose the base's updates.
+        raise UserError(f"{key}={path}: is an adapter on the hub; must be a folder: hf download {path} --local-dir FOLDER")
+    return network, tokenizer
 
 
 def _looks_local(path: str) -> bool:
@@ -225,7 +242,7 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, key: str) -> None:
     has_weights = any(folder.glob("*.safetensors"))
     missing = [name for name, there in (
         ("config.json", (folder / "config.json").is_file()),
@@ -233,4 +250,4 @@ def _check_folder(folder: Path) -> None:
         ("tokenizer.json", (folder / "tokenizer.json").is_file()),
     ) if not there]
     if missing:
-        raise UserError(f"model.path={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")
+        raise UserError(f"{key}={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")

@@ -27,7 +27,7 @@ class TinyModel:
     """Model settings (`model=tiny`). The sizes are read only when no `path` is given."""
 
     path: str | None = None
-    """A checkpoint folder, or a name on the hub. null: random weights."""
+    """A run folder, a checkpoint folder, a folder with a LoRA adapter, or a name on the hub. null: random weights."""
     chat_template: bool = True
     """Lay prompts out by the tokenizer's chat template where it has one; false: as plain text."""
     hidden_size: int = 96
