@@ -200,7 +200,7 @@ def test_the_commands_take_an_adapter(tmp_path: Path) -> None:
         good(tmp_path, "evaluate", "task=sudoku", f"model.path={path}", "evaluation.num_prompts=4", f"run_dir={name}")
     results = [json.loads((tmp_path / name / "results.json").read_text())["sudoku"] for name in ("a", "b")]
     assert [result["n"] for result in results] == [4, 4]
-    assert (tmp_path / "a" / "answers.jsonl").read_text() != (tmp_path / "b" / "answers.jsonl").read_text()
+    assert (tmp_path / "a" / "samples.jsonl").read_text() != (tmp_path / "b" / "samples.jsonl").read_text()
     edit(tmp_path / "adapter", base_model_name_or_path="./nowhere")
     done = dllm(tmp_path, "evaluate", "task=sudoku", "model.path=adapter", "run_dir=c")
     assert done.returncode == 2 and done.stderr.count("\n") == 1

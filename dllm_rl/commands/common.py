@@ -21,8 +21,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dllm_rl.checkpoint import latest_checkpoint, load_state, resolve_model_path
 from dllm_rl.config import load_plugins, register
+from dllm_rl.diffusion.likelihood import Denoiser
 from dllm_rl.errors import UserError, bad_value
-from dllm_rl.models.policy import Policy
+from dllm_rl.models.adapter import is_adapter
+from dllm_rl.models.policy import Policy, WithoutAdapter
+from dllm_rl.task import Task
 from dllm_rl.tracking import FREE_KEYS, RunFolder
 
 Settings = dict[str, Any]
@@ -168,19 +171,31 @@ def open_folder(path: Path, record: Settings, done: int) -> RunFolder:
 
 
 def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:
-    """The policy at `checkpoint`, else at `model.path`, else with random weights."""
+    """The policy at `checkpoint`, else at `model.path`, else with random weights. The adapter of a checkpoint stays one."""
     model = settings["model"]
+    if checkpoint and is_adapter(checkpoint):
+        resumed: Policy = model.resume(checkpoint)
+        return resumed
     if checkpoint or model.path:
         model = replace(model, path=str(checkpoint or resolve_model_path(model.path)))
     policy: Policy = model.build(settings["task"].words, settings["seed"])
     return policy
 
 
-def reference_policy(settings: Settings, accelerator: Accelerator) -> Policy:
-    """The policy that a KL term pulls towards: the one at `model.path`, frozen, in the precision of the trained one."""
+def reference_policy(settings: Settings, accelerator: Accelerator, trained: Policy) -> Denoiser:
+    """The policy that a KL term pulls towards: the one at `model.path`, frozen, in the precision of the trained one.
+
+    With a LoRA adapter that is the trained network without its adapter."""
+    if trained.adapted:
+        return WithoutAdapter(trained)
     policy = build_policy(settings).freeze()
     policy.network = accelerator.prepare_model(policy.network, evaluation_mode=True)
     return policy
+
+
+def introduce(policy: Policy, task: Task) -> None:
+    """Says how text becomes tokens, with the first test prompt."""
+    print(policy.introduction(task.prompts("test")[0]), flush=True)
 
 
 def require_model_path(settings: Settings) -> str:
