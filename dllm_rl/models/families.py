@@ -198,7 +198,8 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
                 ("ff_out", "mlp.down_proj"),
             )),
         ),
-        ids={"mask": 126336, "eos": 126081, "pad": 126081}, turn_end="<|eot_id|>",
+        ids={"mask": 126336, "eos": 126081, "pad": 126081}, tokenizer_class="PreTrainedTokenizerFast",
+        turn_end="<|eot_id|>",
     ),
     Family(  # Dream-v0-*-7B (arXiv 2508.15487), DiffuCoder-7B-* (arXiv 2506.20639): Qwen2 in both directions, shifted
         "dream", ("DreamModel",), ("Dream",), "Qwen2Config", _qwen(), logit_shift=1,

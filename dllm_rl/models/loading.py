@@ -211,7 +211,7 @@ def fill(
 
 
 def place(
-    network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, quantization: str | None
+    network: Any, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, quantization: str | None
 ) -> None:
     """Puts one tensor in its place, as a copy: the file's memory is not kept."""
     module_name, _, leaf = name.rpartition(".")
