@@ -23,7 +23,8 @@ BLOCK = 4
 QWEN_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
                  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLADA_TEMPLATE = ("{% for m in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}<|start_header_id|>{{ m.role }}"
-                  "<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+                  "<|end_header_id|>\n\n{{ m.content }}<|eot_id|>{% endfor %}"
+                  "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
 SPECIAL = {
     "llada": ["<|startoftext|>", "<|endoftext|>", "<|reserved_token_0|>", "<|mdm_mask|>", "<|start_header_id|>",
               "<|end_header_id|>", "<|eot_id|>"],
@@ -50,7 +51,8 @@ def write_tokenizer(family: str, folder: Path) -> None:
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens(SPECIAL[family])
         tokenizer.save(str(folder / "tokenizer.json"))
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>", "chat_template": LLADA_TEMPLATE, "trust_remote_code": True}
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|startoftext|>",
+                     "chat_template": LLADA_TEMPLATE, "trust_remote_code": True}
     else:
         (folder / "vocab.json").write_text(json.dumps(vocabulary))
         (folder / "merges.txt").write_text("#version: 0.2\n")
@@ -73,8 +75,9 @@ def original_config(family: str, tied: bool = False) -> dict[str, Any]:
             "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}, "block_type": "llama", "d_model": WIDTH,
             "embedding_size": ROWS, "flash_attention": False, "include_bias": False, "include_qkv_bias": False,
             "input_emb_norm": False, "layer_norm_type": "rms", "layer_norm_with_affine": True, "max_sequence_length": 256,
-            "mlp_hidden_size": INNER, "mlp_ratio": 4, "multi_query_attention": None, "n_heads": HEADS, "n_kv_heads": KV_HEADS,
-            "n_layers": LAYERS, "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 500000.0, "scale_logits": False,
+            "mlp_hidden_size": INNER, "mlp_ratio": 4, "multi_query_attention": None, "n_heads": HEADS,
+            "n_kv_heads": KV_HEADS, "n_layers": LAYERS,
+            "rms_norm_eps": 1e-5, "rope": True, "rope_theta": 500000.0, "scale_logits": False,
             "vocab_size": ROWS - 8, "weight_tying": tied, **ids,
         }
     name = {"dream": "DreamModel", "sdar": "SDARForCausalLM"}[family]
@@ -84,7 +87,8 @@ def original_config(family: str, tied: bool = False) -> dict[str, Any]:
         "intermediate_size": INNER, "max_position_embeddings": 256, "num_attention_heads": HEADS,
         "num_hidden_layers": LAYERS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-6, "rope_scaling": None,
         "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": tied, "use_sliding_window": False,
-        "torch_dtype": "float32", "vocab_size": ROWS, **ids, **({"head_dim": 12, "block_size": BLOCK} if family == "sdar" else {}),
+        "torch_dtype": "float32", "vocab_size": ROWS, **ids,
+        **({"head_dim": 12, "block_size": BLOCK} if family == "sdar" else {}),
     }
 
 
@@ -141,8 +145,8 @@ def write_checkpoint(
     for file, part in zip(files, parts, strict=True):
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
     if shards > 1:
-        index = {"metadata": {}, "weight_map": {name: file for file, part in zip(files, parts, strict=True) for name in part}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        places = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return weights
 
 
@@ -161,12 +165,12 @@ def rotate(x: Tensor, theta: float) -> Tensor:
 
 def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """LLaDA's tensors under short names, for one forward pass of all families."""
-    short = {"wte": "embed", "ln_f": "norm", "ff_out": "head"}
+    short = {"wte": "embed", "ln_f": "norm", "ff_out": "head", "embed_tokens": "embed", "norm": "norm", "lm_head": "head"}
     inner = {"attn_norm": "norm1", "ff_norm": "norm2", "q_proj": "q", "k_proj": "k", "v_proj": "v", "attn_out": "o",
              "ff_proj": "gate", "up_proj": "up", "ff_out": "down"}
-    qwen = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn.q_proj": "q", "self_attn.k_proj": "k",
-            "self_attn.v_proj": "v", "self_attn.o_proj": "o", "mlp.gate_proj": "gate", "mlp.up_proj": "up",
-            "mlp.down_proj": "down", "self_attn.q_norm": "qn", "self_attn.k_norm": "kn"}
+    qwen = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2", "self_attn.q_proj": "q",
+            "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o", "mlp.gate_proj": "gate",
+            "mlp.up_proj": "up", "mlp.down_proj": "down", "self_attn.q_norm": "qn", "self_attn.k_norm": "kn"}
     found = {}
     for name, tensor in weights.items():
         parts, leaf = name.split(".")[:-1], name.split(".")[-1]
@@ -175,7 +179,7 @@ def plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         elif "layers" in parts:
             new = f"{parts[2]}.{qwen['.'.join(parts[3:])]}.{leaf}"
         else:
-            new = short.get(parts[-1], {"embed_tokens": "embed", "norm": "norm", "lm_head": "head"}.get(parts[-1], "")) + ".weight"
+            new = short[parts[-1]] + ".weight"
         found[new] = tensor.double()
     return found
 
@@ -192,7 +196,8 @@ def expected_logits(family: str, config: dict[str, Any], weights: dict[str, Tens
             return F.linear(value, w[f"{n}.{name}.weight"], w.get(f"{n}.{name}.bias"))
 
         h = rms(x, w[f"{n}.norm1.weight"], eps)
-        q, k, v = (linear(name, h).view(len(ids), heads, -1) for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
+        counts = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+        q, k, v = (linear(name, h).view(len(ids), heads, -1) for name, heads in counts.items())
         if family == "sdar":
             q, k = rms(q, w[f"{n}.qn.weight"], eps), rms(k, w[f"{n}.kn.weight"], eps)
         q, k = rotate(q, theta), rotate(k, theta)

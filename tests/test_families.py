@@ -25,7 +25,8 @@ from tests.original_models import BLOCK, FAMILIES, MASK, expected_logits, origin
 PACKAGE = Path(__file__).parents[1] / "dllm_rl"
 LLADA_8B = original_config("llada") | {
     "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "embedding_size": 126464,
-    "vocab_size": 126464, "max_sequence_length": 4096, "mask_token_id": 126336, "eos_token_id": 126081, "pad_token_id": 126081,
+    "vocab_size": 126464, "max_sequence_length": 4096, "mask_token_id": 126336, "eos_token_id": 126081,
+    "pad_token_id": 126081,
 }
 """config.json of LLaDA-8B-Instruct; Base and 1.5 have the same sizes."""
 DREAM_7B = original_config("dream") | {
@@ -123,7 +124,7 @@ def test_blocks_are_counted_from_the_start_of_the_prompt(tmp_path: Path) -> None
     for changed, sees in ((0, [0, 1, 4, 5, 8]), (1, [1, 4, 5, 8]), (4, [1, 4, 5, 8]), (5, [5, 8])):
         other = canvas[:1].clone()
         other[0, changed] = (other[0, changed] + 1) % 200
-        moved = [bool((now != before).any()) for now, before in zip(logits_of(policy, prompts[:1], other)[0], base, strict=True)]
+        moved = (logits_of(policy, prompts[:1], other)[0] != base).any(-1).tolist()
         assert [place for place in (0, 1, 4, 5, 8) if moved[place]] == sees
     wider = PretrainedModel(path=str(tmp_path), block_length=16).build([], 0)
     assert wider.rules.block_length == 16
@@ -310,7 +311,7 @@ def test_an_own_family_in_our_format_needs_its_module(tmp_path: Path, monkeypatc
         patch.setitem(TABLE, "mine", Family(**{**TABLE["llada"].__dict__, "name": "mine", "architectures": ("MineLM",)}))
         edit(tmp_path / "original", architectures=["MineLM"])
         load_policy(str(tmp_path / "original")).save(tmp_path / "ours")
-    with pytest.raises(UserError, match="converted from the family mine, which is not known.*plugins="):
+    with pytest.raises(UserError, match=r"converted from the family mine, which is not known.*plugins="):
         load_policy(str(tmp_path / "ours"))
 
 

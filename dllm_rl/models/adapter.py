@@ -54,7 +54,8 @@ def attach(network: Any, config: LoRAConfig, base: str, seed: int) -> Any:
 
     alpha = 2 * config.r if config.alpha is None else config.alpha
     settings = peft.LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_names(network, config))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an older name
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(network, settings)
     adapted.peft_config["default"].base_model_name_or_path = base
@@ -81,7 +82,9 @@ def resume(network: Any, folder: Path) -> Any:
     facts = _facts(folder)
     if facts:
         setattr(network.config, FACTS, facts)
-    return PeftModel.from_pretrained(network, str(folder), is_trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(network, str(folder), is_trainable=True)
 
 
 def save(network: Any, folder: Path) -> None:

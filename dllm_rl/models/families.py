@@ -122,9 +122,10 @@ def add_family(family: Family) -> None:
     """Adds a family of your own, in a module that `plugins=` names.
 
     Raises:
-        UserError: there is one of that name.
+        UserError: one of the table has that name.
     """
-    check(FAMILIES.setdefault(family.name, family) == family, "family", family.name, f"a name that is not taken by {PAGE}")
+    check(family.name not in BUILT_IN, "family", family.name, "a name other than " + ", ".join(sorted(BUILT_IN)))
+    FAMILIES[family.name] = family
 
 
 def needed(config: Json, name: str) -> Any:
@@ -212,3 +213,4 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (
     ),
     NATIVE,
 )}
+BUILT_IN = frozenset(FAMILIES)

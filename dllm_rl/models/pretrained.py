@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ class PretrainedModel:
 
     def _policy(self, network: Any, tokenizer: Any) -> Policy:
         if self.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the name that every release of transformers 5 has
+                network.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile:
             base = network.get_base_model() if hasattr(network, "get_base_model") else network
             base.get_decoder().compile(dynamic=True)
