@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dllm_rl.errors import UserError
+from dllm_rl.memory import SavedBytes
 from dllm_rl.models import loading
+from dllm_rl.models.adapter import LoRAConfig
 from dllm_rl.models.families import FAMILIES as TABLE
 from dllm_rl.models.families import Family, recognise
 from dllm_rl.models.loading import LoadOptions, empty_network, load, native_config
@@ -337,8 +339,6 @@ def test_remote_code_is_never_trusted() -> None:
 
 
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
-    from dllm_rl.memory import SavedBytes
-
     write_checkpoint("dream", tmp_path)
     prompts, canvas = sequences("dream")
     gradients, peaks = [], []
@@ -359,3 +359,25 @@ def test_a_second_load_is_the_same(tmp_path: Path) -> None:
     write_checkpoint("sdar", tmp_path)
     one, two = (load(str(tmp_path), options=LoadOptions())[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_compiled_layers_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as torch.compile does it; only the code generator, which needs a compiler, is left out."""
+    write_checkpoint("dream", tmp_path)
+    prompts, canvas = sequences("dream")
+    plain = logits_of(load_policy(str(tmp_path)), prompts, canvas)
+    graphs: list[Any] = []
+    real = torch.compile
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **more: real(model, backend=backend, **more))
+    policy = PretrainedModel(path=str(tmp_path), compile=True).build([], 0)
+    torch.testing.assert_close(logits_of(policy, prompts, canvas), plain, rtol=0, atol=1e-5)
+    assert graphs
+    policy.save(tmp_path / "saved")
+    assert torch.equal(logits_of(load_policy(str(tmp_path / "saved")), prompts, canvas), plain)
+    adapted = PretrainedModel(path=str(tmp_path), compile=True, lora=LoRAConfig(r=2)).build([], 0)
+    torch.testing.assert_close(logits_of(adapted, prompts, canvas), plain, rtol=0, atol=1e-5)
