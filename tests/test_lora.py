@@ -269,3 +269,15 @@ def test_an_adapter_on_an_adapter(folder: Path) -> None:
     prompts, canvas = sequences("sdar")
     base, one, two = (logits_of(load_policy(str(folder / name)), prompts, canvas) for name in ("base", "one", "two"))
     assert not torch.equal(one, base) and not torch.equal(two, one)
+
+
+def test_training_weights_in_16_bits_gets_a_note(folder: Path) -> None:
+    write_checkpoint("dream", folder / "base")
+    note = "note: all weights are trained in 16 bits"
+    sft = ("sft", "plugins=[varied.py]", "task=varied", "supervised.steps=1", "supervised.batch_size=2", "model=auto",
+           "model.path=base", "model.dtype=bfloat16")
+    assert note in good(folder, *sft, "run_dir=full")
+    assert {tensor.dtype for tensor in load_file(newest(folder / "full") / "model.safetensors").values()} == {torch.bfloat16}
+    assert note not in good(folder, *sft, "model.lora.r=2", "run_dir=adapter")
+    saved = load_file(newest(folder / "adapter") / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

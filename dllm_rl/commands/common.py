@@ -162,6 +162,10 @@ def start(settings: Settings, path: Path) -> Start:
     policy = build_policy(settings, checkpoint)
     kind = getattr(settings["model"], "quantization", None)
     check(kind is None or policy.adapted, "model.lora.r", 0, f"an integer >= 1 with model.quantization={kind}")
+    trained = {parameter.dtype for parameter in policy.network.parameters() if parameter.requires_grad}
+    if trained & {torch.bfloat16, torch.float16}:
+        print("note: all weights are trained in 16 bits, where updates below a 256th of a weight are lost; model.lora.r=16 "
+              "trains an adapter in 32 bits, model.dtype=float32 the weights")
     accelerator = accelerator_for_one_process()
     policy.network = accelerator.prepare(policy.network)
     return Start(policy, accelerator, checkpoint, load_state(checkpoint) if checkpoint else {})
