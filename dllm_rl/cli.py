@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "learn from rewards: reinforcement learning (BGPO and others), or from a file (RPO, DRO, KTO, ...)",
     "rollout": "write scored completions of a policy to a file, or score a file with a reward model",
     "evaluate": "greedy and sampled accuracy with 95 % intervals",
+    "export": "write a model for others: published or transformers' format, adapters merged",
     "generate": "sample completions and watch the order of unmasking",
 }
 USAGE = f"""dllm_rl {__version__}: reinforcement learning for masked-diffusion language models

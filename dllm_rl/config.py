@@ -33,6 +33,7 @@ from dllm_rl.errors import UserError, check
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.kl_reward import KLRewardConfig
 from dllm_rl.models.composed_reward import ComposedReward
+from dllm_rl.models.pretrained import PretrainedModel
 from dllm_rl.models.reward_model import LearnedReward
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.bgpo import BGPO
@@ -69,7 +70,7 @@ from dllm_rl.tasks.reasoning_gym import ReasoningGym
 from dllm_rl.training import TrainerConfig
 
 GROUPS: dict[str, dict[str, type]] = {
-    "model": {"tiny": TinyModel},
+    "model": {"tiny": TinyModel, "auto": PretrainedModel},
     "task": {
         "sudoku": Sudoku,
         "sudoku_9x9": Sudoku9x9,

@@ -46,14 +46,16 @@ def weights_digest(path: str) -> str:
     if not folder.is_dir():
         return path
     if (folder / MANIFEST).is_file():
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+        own = (folder / MANIFEST).read_bytes()
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        own = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]).encode()
     if (folder / ADAPTER_CONFIG).is_file():
         settings = adapter_settings(folder, "model.path")
         base = str(settings.get("base_model_name_or_path"))
         resolved = resolve_model_path(base, f"model.path={path}: base_model_name_or_path")
-        return hashlib.sha256(repr((files, settings, weights_digest(resolved))).encode()).hexdigest()[:16]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+        own = repr((own, settings, weights_digest(resolved))).encode()
+    return hashlib.sha256(own).hexdigest()[:16]
 
 
 def adapter_settings(folder: Path, key: str) -> dict[str, Any]:

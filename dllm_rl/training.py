@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.corruption import Likelihood
+from dllm_rl.diffusion.likelihood import Denoiser
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import check
 from dllm_rl.evaluation import EvaluationConfig
@@ -77,7 +78,7 @@ class Training:
     folder: RunFolder
     seed: int
     done: int = 0
-    reference: Policy | None = None
+    reference: Denoiser | None = None
     """What KL terms and log-ratios refer to; None where there are none."""
     critic: Critic | None = None
     kl_reward: KLReward | None = None

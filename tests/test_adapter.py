@@ -183,15 +183,6 @@ def test_without_peft_the_extra_is_named(adapter: Path, monkeypatch: pytest.Monk
         load_policy(str(adapter))
 
 
-def test_an_adapter_on_the_hub_is_not_half_loaded(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers loads a hub adapter without merging it; this stands in for the hub."""
-    network = load_policy(str(base)).network
-    network._hf_peft_config_loaded = True
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: network)
-    with pytest.raises(UserError, match="is an adapter on the hub; must be a folder"):
-        load_policy(str(base))
-
-
 def test_the_digest_of_an_adapter_is_of_its_base_too(tmp_path: Path, base: Path, adapter: Path) -> None:
     """A resumed evaluation must notice that the base has been trained further."""
     run = tmp_path / "run"
@@ -206,6 +197,13 @@ def test_the_digest_of_an_adapter_is_of_its_base_too(tmp_path: Path, base: Path,
     drop_a_weight(adapter)
     digests.append(weights_digest(str(adapter)))
     assert digests[0] == digests[1] and len({*digests}) == 4
+
+
+def test_an_adapter_on_the_hub_is_merged(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This stands in for the hub."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: {"owner/adapter": str(adapter)}[name])
+    found = logits_of(load_policy("owner/adapter"))
+    assert (found - logits_of(merged_by_hand(base, adapter))).abs().max() < 1e-6
 
 
 def test_the_commands_take_an_adapter(tmp_path: Path) -> None:

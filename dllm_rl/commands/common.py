@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -22,12 +23,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dllm_rl import sandbox
 from dllm_rl.checkpoint import load_state
 from dllm_rl.config import load_plugins, register
-from dllm_rl.errors import UserError, bad_value
-from dllm_rl.models.policy import Policy
+from dllm_rl.diffusion.likelihood import Denoiser
+from dllm_rl.errors import UserError, bad_value, check
+from dllm_rl.models.adapter import is_adapter
+from dllm_rl.models.policy import Policy, WithoutAdapter
 from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
-from dllm_rl.tracking import FREE_KEYS, RunFolder
+from dllm_rl.task import Task
+from dllm_rl.tracking import FREE_KEYS, RunFolder, replace_text
 
 Settings = dict[str, Any]
+CHOICES = "choices.json"
+"""File of a run folder: what was chosen by name in each group."""
 
 
 def launch(config_name: str, body: Callable[[Settings, DictConfig], None]) -> None:
@@ -157,6 +163,12 @@ def start(settings: Settings, path: Path) -> Start:
     """Loads or makes the model, from the last complete checkpoint of the run if `resume=auto`. Writes nothing."""
     checkpoint = latest_checkpoint(path) if settings["resume"] == "auto" else None
     policy = build_policy(settings, checkpoint)
+    kind = getattr(settings["model"], "quantization", None)
+    check(kind is None or policy.adapted, "model.lora.r", 0, f"an integer >= 1 with model.quantization={kind}")
+    trained = {parameter.dtype for parameter in policy.network.parameters() if parameter.requires_grad}
+    if trained & {torch.bfloat16, torch.float16}:
+        print("note: all weights are trained in 16 bits, where updates below a 256th of a weight are lost; model.lora.r=16 "
+              "trains an adapter in 32 bits, model.dtype=float32 the weights")
     accelerator = accelerator_for_one_process()
     policy.network = accelerator.prepare(policy.network)
     return Start(policy, accelerator, checkpoint, load_state(checkpoint) if checkpoint else {})
@@ -166,24 +178,39 @@ def open_folder(path: Path, record: Settings, done: int) -> RunFolder:
     """The run folder, with `record` as its configuration. Call it after everything that may refuse the configuration: from
     here on there are files."""
     folder = RunFolder.open(path, record, from_step=done)
+    groups = {name: choice for name, choice in HydraConfig.get().runtime.choices.items() if "/" not in name and choice}
+    replace_text(path / CHOICES, json.dumps(groups, indent=1))
     print(f"run folder: {path}" + (f" (continuing after step {done})" if done else ""), flush=True)
     return folder
 
 
 def build_policy(settings: Settings, checkpoint: Path | None = None) -> Policy:
-    """The policy at `checkpoint`, else at `model.path`, else with random weights."""
+    """The policy at `checkpoint`, else at `model.path`, else with random weights. The adapter of a checkpoint stays one."""
     model = settings["model"]
+    if checkpoint and is_adapter(checkpoint):
+        resumed: Policy = model.resume(checkpoint)
+        return resumed
     if checkpoint or model.path:
         model = replace(model, path=str(checkpoint or resolve_model_path(model.path)))
-    policy: Policy = model.build(settings["task"].words, settings["seed"])
+    words = settings["task"].words if "task" in settings else []
+    policy: Policy = model.build(words, settings["seed"])
     return policy
 
 
-def reference_policy(settings: Settings, accelerator: Accelerator) -> Policy:
-    """The policy that a KL term pulls towards: the one at `model.path`, frozen, in the precision of the trained one."""
+def reference_policy(settings: Settings, accelerator: Accelerator, trained: Policy) -> Denoiser:
+    """The policy that a KL term pulls towards: the one at `model.path`, frozen, in the precision of the trained one.
+
+    With a LoRA adapter that is the trained network without its adapter."""
+    if trained.adapted:
+        return WithoutAdapter(trained)
     policy = build_policy(settings).freeze()
     policy.network = accelerator.prepare_model(policy.network, evaluation_mode=True)
     return policy
+
+
+def introduce(policy: Policy, task: Task) -> None:
+    """Says how text becomes tokens, with the first test prompt."""
+    print(policy.introduction(task.prompts("test")[0]), flush=True)
 
 
 def require_model_path(settings: Settings) -> str:

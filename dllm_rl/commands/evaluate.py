@@ -84,6 +84,9 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     if settings["resume"] == "overwrite":
         log.clear()
 
+    for of, policy in policies.items():
+        print(f"{of}: {paths[of]}")
+        common.introduce(policy, jobs[names[0]]["task"])
     found = {of: {name: _evaluated(policy, name, of, job, log) for name, job in jobs.items()}
              for of, policy in policies.items()}
     results: dict[str, dict[str, Any]] = {}

@@ -60,9 +60,10 @@ def run(settings: common.Settings, config: DictConfig) -> None:
         optimizer.load_state_dict(start.state)
         if kl_reward:
             kl_reward.coef = start.state["kl_reward_coef"]
-    reference = common.reference_policy(settings, start.accelerator) if uses_reference else None
+    reference = common.reference_policy(settings, start.accelerator, policy) if uses_reference else None
     folder = common.open_folder(path, record, start.done)
     print(f"prompts: protocol {task.protocol}")
+    common.introduce(policy, task)
     if skipped:
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
         replace_text(path / "skipped.jsonl", lines)

@@ -1,17 +1,105 @@
-"""LoRA adapters as model paths: a folder that peft wrote, merged into the base model that it names."""
+"""LoRA adapters: made, saved and read again by peft; as a model path an adapter is merged into the base that it names."""
 
 from __future__ import annotations
 
+import json
 import warnings
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from dllm_rl.errors import UserError
+from dllm_rl.errors import UserError, bad_value, check
+from dllm_rl.models.families import FACTS, named, rules_of
 from dllm_rl.run_folder import ADAPTER_CONFIG, adapter_settings
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass
+class LoRAConfig:
+    """Training of low-rank additions to the weights (LoRA, arXiv 2106.09685) in place of the weights themselves.
+
+    There is no dropout: all passes over a corruption must see the same function.
+    """
+
+    r: int = 0
+    """Rank. 0: no adapter, all weights are trained."""
+    alpha: int | None = None
+    """The addition is scaled by alpha / r. null: 2 r."""
+    targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get one. Empty: those of the model's family. [all]: every one but the output head."""
+
+    def __post_init__(self) -> None:
+        check(self.r >= 0, "model.lora.r", self.r, "an integer >= 0")
+        check(self.alpha is None or self.alpha > 0, "model.lora.alpha", self.alpha, "an integer > 0, or null")
+
+
+def attach(network: Any, config: LoRAConfig, base: str, seed: int) -> Any:
+    """The network with a new adapter, which changes nothing yet; only the adapter takes gradients.
+
+    Args:
+        base: the path that the adapter's files will name.
+        seed: the adapter's first weights depend on it alone.
+
+    Raises:
+        UserError: peft is not installed, or there is no such layer.
+    """
+    if find_spec("peft") is None:
+        raise UserError(f"model.lora.r={config.r}: needs peft: pip install 'dllm-rl[lora]'")
+    import peft
+
+    alpha = 2 * config.r if config.alpha is None else config.alpha
+    settings = peft.LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_names(network, config))
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an older name
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(network, settings)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def target_names(network: Any, config: LoRAConfig) -> list[str]:
+    """The names of the layers that get an adapter."""
+    head = network.get_output_embeddings()
+    linear = {name.rpartition(".")[2] for name, module in network.named_modules()
+              if isinstance(module, nn.Linear) and module is not head}
+    if config.targets == ["all"]:
+        return sorted(linear)
+    wanted = list(config.targets) or [*named(rules_of(network.config).family).lora_targets] or sorted(linear)
+    if unknown := {*wanted} - linear:
+        raise bad_value("model.lora.targets", min(unknown), "[all], or names among " + ", ".join(sorted(linear)))
+    return wanted
+
+
+def resume(network: Any, folder: Path) -> Any:
+    """The base network with the adapter of a checkpoint, to be trained on."""
+    from peft import PeftModel
+
+    facts = _facts(folder)
+    if facts:
+        setattr(network.config, FACTS, facts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(network, str(folder), is_trainable=True)
+
+
+def save(network: Any, folder: Path) -> None:
+    """Writes the adapter alone, and the configuration of its base."""
+    network.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form with blanks to fill in
+    network.config.save_pretrained(folder)
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What the configuration beside an adapter says of its family, if it was saved here."""
+    file = folder / "config.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")).get(FACTS) if file.is_file() else None
+    return found
 
 
 def is_adapter(folder: Path) -> bool:
@@ -32,10 +120,8 @@ def base_of(folder: Path, key: str) -> str:
         raise UserError(f"{key}={folder}: {ADAPTER_CONFIG} has no base_model_name_or_path; must be a folder or a hub name")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{key}={folder}: has {ADAPTER_CONFIG} but no {WEIGHTS}")
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"{key}={folder}: is an adapter, which needs peft: pip install 'dllm-rl[lora]' ({error})") from None
+    if find_spec("peft") is None:
+        raise UserError(f"{key}={folder}: is an adapter, which needs peft: pip install 'dllm-rl[lora]'")
     return str(base)
 
 
@@ -57,7 +143,10 @@ def merge(network: Any, folder: Path, key: str) -> Any:
             found = {*weights.keys()}
         if odd := (wanted - found) | {name for name in found - wanted if "lora_" in name}:
             raise ValueError(f"{min(odd)} is only in one of them")
-        return adapted.merge_and_unload(safe_merge=True)
+        merged = adapted.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{key}={folder}: the adapter does not fit its base model ({reason})") from None
+    if facts := _facts(folder):
+        setattr(merged.config, FACTS, facts)
+    return merged

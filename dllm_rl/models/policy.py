@@ -1,8 +1,8 @@
 """A masked-diffusion model behind one forward method, used alike by rollout, likelihood and evaluation.
 
-The network is transformers' own class with `is_causal=False`; the logits come only from the positions asked for. A
-pre-hook on the output head keeps those rows, so the head module itself is still called and wrappers around it (peft,
-FSDP2, ZeRO) keep working.
+The network is transformers' own class with `is_causal=False`; what a family does otherwise (attention in blocks, logits one
+position late) is in `families.Rules`. The logits come only from the positions asked for: a pre-hook on the output head
+keeps those rows, so the head module itself is still called and wrappers around it (peft, FSDP2, ZeRO) keep working.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dllm_rl.errors import UserError
-from dllm_rl.models.adapter import base_of, is_adapter, merge
-from dllm_rl.run_folder import resolve_model_path
+from dllm_rl.models import adapter
+from dllm_rl.models.attention import attention_inputs
+from dllm_rl.models.families import rules_of
+from dllm_rl.models.loading import load
+from dllm_rl.models.probe import probe
 from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
-
-CHECKPOINT_FILES = "config.json, model.safetensors and the tokenizer's files"
 
 
 class Policy:
@@ -43,16 +45,27 @@ class Policy:
                 raise UserError(f"the tokenizer has no {name}; a masked-diffusion model needs mask, EOS and padding tokens")
         self.network: Any = network
         self.tokenizer = tokenizer
+        self.rules = rules_of(network.config)
         self.mask_id: int = tokenizer.mask_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self.turn_end_id: int | None = tokenizer.get_vocab().get(self.rules.turn_end) if self.rules.turn_end else None
+        """The token that ends a turn in a chat, where the family and the tokenizer have one."""
         self.chat = tokenizer.chat_template is not None
         """Whether prompts are laid out by the tokenizer's chat template."""
         self._head_rows: Tensor | None = None
         self._hidden: list[Tensor] | None = None
         network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
+        for module in network.modules():
+            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+                module.training = True  # it checkpoints only then; what is inside it stays in evaluation mode
         network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
-        self._probe()
+        probe(self)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the network has a LoRA adapter, which alone is trained."""
+        return hasattr(self.network, "peft_config")
 
     @property
     def device(self) -> torch.device:
@@ -86,14 +99,12 @@ class Policy:
 
     def _forward(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         ids = torch.cat([prompts.ids, canvas], dim=1)
-        # Without padding no mask is passed, so that the attention kernel without a bias is used.
-        padding: dict[str, Tensor] = {}
-        if not prompts.mask.all():
-            attended = torch.cat([prompts.mask, torch.ones_like(positions)], dim=1)
-            padding = {"attention_mask": attended.long(), "position_ids": (attended.cumsum(1) - 1).clamp(min=0)}
-        self._head_rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        attention = attention_inputs(prompts.mask, positions.shape[1], self.rules.block_length, self.network)
+        rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        # The first position of a completion is then read from the last token of its prompt.
+        self._head_rows = torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], dim=1) if self.rules.logit_shift else rows
         try:
-            logits: Tensor = self.network(input_ids=ids, use_cache=False, **padding).logits
+            logits: Tensor = self.network(input_ids=ids, use_cache=False, **attention).logits
         finally:
             self._head_rows = None
         return logits
@@ -112,6 +123,9 @@ class Policy:
         # A chat template writes the special tokens itself.
         options = {"add_special_tokens": False} if self.chat else {}
         rows = [self.tokenizer.encode(self.render(prompt), **options) for prompt in prompts]
+        bos = self.tokenizer.bos_token_id
+        if self.rules.bos and not self.chat and bos is not None:
+            rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
         return self.pad_prompts(rows, sample_ids)
 
     def render(self, prompt: str | Prompt) -> str:
@@ -130,7 +144,14 @@ class Policy:
         return str(rendered) + prompt.prefill
 
     def pad_prompts(self, rows: Sequence[Sequence[int]], sample_ids: Tensor) -> PromptBatch:
-        """Left-pads B token rows onto the policy's device. `sample_ids` is [B]."""
+        """Left-pads B token rows onto the policy's device. `sample_ids` is [B].
+
+        Raises:
+            UserError: a row is empty although the first token of a completion is read from the last one of its prompt.
+        """
+        if self.rules.logit_shift and not all(rows):
+            raise UserError(f"a prompt is empty: models of the family {self.rules.family} predict a completion's first "
+                            "token at the last token of the prompt, which must have one")
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id)
         for number, row in enumerate(rows):
@@ -140,24 +161,30 @@ class Policy:
         return PromptBatch(ids, mask, sample_ids).to(self.device)
 
     def encode_completions(self, texts: Sequence[str], length: int) -> Tensor:
-        """[B, L] int64: each text followed by EOS up to `length`; longer texts lose their end."""
+        """[B, L] int64: each text, in a chat the end of the turn, and EOS up to `length`; longer texts lose their end."""
         ids = torch.full((len(texts), length), self.eos_id)
         for number, text in enumerate(texts):
-            row = self.tokenizer.encode(text, add_special_tokens=False)[:length]
+            row = self.tokenizer.encode(text, add_special_tokens=False)
+            row = ([*row, self.turn_end_id] if self.chat and self.turn_end_id is not None else row)[:length]
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return ids.to(self.device)
 
     def decode(self, ids: Tensor) -> list[str]:
-        """The texts of [B, L] completions, each cut at its first EOS."""
-        texts = []
+        """The texts of [B, L] completions, each cut at its first EOS or end of a turn."""
+        texts, ends = [], {self.eos_id, self.turn_end_id}
         for row in ids.tolist():
-            end = row.index(self.eos_id) if self.eos_id in row else len(row)
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
         return texts
 
     def frozen_copy(self) -> Policy:
-        """The policy as it is now, in memory of its own; its parameters take no gradient."""
-        return copy.deepcopy(self).freeze()
+        """The policy as it is now; its parameters take no gradient."""
+        return self.twin().freeze()
+
+    def twin(self) -> Policy:
+        """A copy with memory of its own for what is trained; parameters without gradients never change and are shared."""
+        fixed = {id(parameter): parameter for parameter in self.network.parameters() if not parameter.requires_grad}
+        return copy.deepcopy(self, fixed)
 
     def freeze(self) -> Policy:
         """The policy itself, its parameters without gradients."""
@@ -167,36 +194,37 @@ class Policy:
         return self
 
     def save(self, folder: Path) -> None:
-        """Writes config.json, model.safetensors and the tokenizer: plain transformers classes load them again."""
-        self.network.save_pretrained(folder)
+        """Writes config.json, model.safetensors and the tokenizer: plain transformers classes load them again. Of a network
+        with a LoRA adapter, only the adapter."""
+        if self.adapted:
+            adapter.save(self.network, folder)
+        else:
+            self.network.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    @torch.no_grad()
-    def _probe(self) -> None:
-        """One shot at start: the first position must see the last one, and nobody may see padding.
+    def introduction(self, prompt: str | Prompt) -> str:
+        """Two lines on how text becomes tokens: the special tokens, and a prompt as the model reads it."""
+        named = [("mask", self.mask_id), ("EOS", self.eos_id), ("padding", self.pad_id),
+                 ("BOS", self.tokenizer.bos_token_id), ("end of turn", self.turn_end_id)]
+        tokens = [f"{name} {self.tokenizer.convert_ids_to_tokens(number)} {number}" for name, number in named
+                  if number is not None]
+        ids = self.encode_prompts([prompt], torch.zeros(1, dtype=torch.int64)).ids[0]
+        text = repr(self.tokenizer.decode(ids))
+        shown = text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
+        layout = "chat template" if self.chat else "plain text"
+        return f"tokens: {', '.join(tokens)}\nfirst prompt ({layout}, {len(ids)} tokens): {shown}"
 
-        An older transformers ignores `is_causal=False` without a word, and some modelling code ignores the attention
-        mask; either would train a different model from the one that samples.
-        """
-        plain = [i for i in range(len(self.tokenizer)) if i not in set(self.tokenizer.all_special_ids)]
-        first, other = plain[0], plain[-1]
-        prompt = torch.tensor([[self.pad_id, first, first]], device=self.device)
-        canvas = torch.tensor([[first, self.mask_id, first]], device=self.device)
-        changed_end = torch.tensor([[first, self.mask_id, other]], device=self.device)
-        changed_padding = torch.tensor([[other, first, first]], device=self.device)
-        mask = torch.tensor([[False, True, True]], device=self.device)
-        asked = torch.tensor([[True, False, False]], device=self.device)
 
-        def look(ids: Tensor, tail: Tensor) -> Tensor:
-            return self.logits(PromptBatch(ids, mask, torch.zeros(1, dtype=torch.int64)), tail, asked)
+class WithoutAdapter:
+    """A policy as it is without its LoRA adapter: the model that training started from, without a second copy."""
 
-        base = look(prompt, canvas)
-        name = type(self.network).__name__
-        if torch.equal(base, look(prompt, changed_end)):
-            raise UserError(f"{name} attends causally although masked diffusion needs both directions; set is_causal=false "
-                            "in its config.json and use a transformers release that honours it")
-        if not torch.equal(base, look(changed_padding, canvas)):
-            raise UserError(f"{name} ignores the attention mask: padding changes its logits")
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.mask_id, self.eos_id = policy, policy.mask_id, policy.eos_id
+
+    def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+        """See `Policy.logits`; there is no gradient."""
+        with torch.no_grad(), self.policy.network.disable_adapter():
+            return self.policy.logits(prompts, canvas, positions)
 
 
 def load_policy(path: str, key: str = "model.path") -> Policy:
@@ -208,46 +236,4 @@ def load_policy(path: str, key: str = "model.path") -> Policy:
     Raises:
         UserError: the folder lacks the configuration, weights or tokenizer, or the hub has no such model.
     """
-    return Policy(*_load(path, key))
-
-
-def _load(path: str, key: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    folder = Path(resolve_model_path(path, key)).expanduser()
-    if is_adapter(folder):
-        network, tokenizer = _load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path")
-        own = (folder / "tokenizer.json").is_file()
-        return merge(network, folder, key), AutoTokenizer.from_pretrained(folder) if own else tokenizer
-    if folder.is_dir():
-        _check_folder(folder, key)
-        path = str(folder)
-    elif _looks_local(path):
-        raise UserError(f"{key}={path}: no such folder; must be a folder with {CHECKPOINT_FILES}, or a hub name")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{key}={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, "
-                        f"or a hub name ({reason})") from None
-    if getattr(network, "_hf_peft_config_loaded", False):
-        # transformers fetches an adapter's base by itself, but does not merge: training would lose the base's updates.
-        raise UserError(f"{key}={path}: is an adapter on the hub; must be a folder: hf download {path} --local-dir FOLDER")
-    return network, tokenizer
-
-
-def _looks_local(path: str) -> bool:
-    """Whether a path that does not exist was meant as a folder: a hub name is `name` or `owner/name`, and asking the hub for
-    anything else only makes the user wait."""
-    parent = Path(path).parent
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
-
-
-def _check_folder(folder: Path, key: str) -> None:
-    has_weights = any(folder.glob("*.safetensors"))
-    missing = [name for name, there in (
-        ("config.json", (folder / "config.json").is_file()),
-        ("model.safetensors", has_weights),
-        ("tokenizer.json", (folder / "tokenizer.json").is_file()),
-    ) if not there]
-    if missing:
-        raise UserError(f"{key}={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")
+    return Policy(*load(path, key))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import Unigram
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dllm_rl.errors import check
+from dllm_rl.errors import bad_value, check
 from dllm_rl.models.policy import Policy, load_policy
 
 MASK, EOS, PAD, UNKNOWN = "[MASK]", "[EOS]", "[PAD]", "[UNK]"
@@ -42,6 +43,10 @@ class TinyModel:
         check(self.rope_theta > 1, "model.rope_theta", self.rope_theta, "a number > 1")
         valid = f"a multiple of 2 x model.num_heads={self.num_heads}"
         check(self.hidden_size % (2 * self.num_heads) == 0, "model.hidden_size", self.hidden_size, valid)
+
+    def resume(self, checkpoint: Path) -> Policy:
+        """Refuses a checkpoint that holds an adapter: this model trains whole weights."""
+        raise bad_value("model", "tiny", f"auto to continue {checkpoint}, which holds a LoRA adapter")
 
     def build(self, words: Sequence[str], seed: int) -> Policy:
         """The checkpoint at `path`, or else random weights (a pure function of `seed`) and a tokenizer for `words`."""

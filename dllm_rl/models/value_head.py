@@ -8,7 +8,6 @@ first advantages are the returns. TraceRL (arXiv 2509.06949) has token values of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +34,7 @@ class ValueModel:
     def __init__(self, policy: Policy, trunk: str) -> None:
         self.mask_id, self.eos_id = policy.mask_id, policy.eos_id
         self.separate = trunk == "separate"
-        self.trunk = copy.deepcopy(policy) if self.separate else policy
+        self.trunk = policy.twin() if self.separate else policy
         vocabulary = self.trunk.network.get_output_embeddings()
         first = next(policy.network.parameters())
         precision = torch.float64 if first.dtype == torch.float64 else torch.float32
@@ -82,11 +81,12 @@ class ValueModel:
                 tensor.copy_(saved[name])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor once: safetensors refuses two names for one memory, which tied weights have."""
+        """Every tensor that training changes, once: safetensors refuses two names for one memory (tied weights)."""
         tensors = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         seen: set[int] = set()
+        fixed = {name for name, parameter in self.trunk.network.named_parameters() if not parameter.requires_grad}
         for name, tensor in self.trunk.network.state_dict().items() if self.separate else ():
-            if tensor.numel() and tensor.data_ptr() not in seen:
+            if name not in fixed and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 tensors[f"trunk.{name}"] = tensor
         return tensors

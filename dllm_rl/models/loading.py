@@ -1,0 +1,244 @@
+"""From a path to a network and its tokenizer, without any code of the checkpoint's.
+
+A path is a run folder (its newest checkpoint), a checkpoint in its original format or in ours, a folder with a LoRA
+adapter, or a name on the hub. An original checkpoint is streamed: tensor by tensor from its files into an empty network, on
+the target device and in the target precision.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from dllm_rl.errors import UserError, check
+from dllm_rl.models.adapter import base_of, is_adapter, merge
+from dllm_rl.models.families import FACTS, NATIVE, Family, recognise
+from dllm_rl.models.quantization import four_bit, packed
+from dllm_rl.run_folder import resolve_model_path
+
+CHECKPOINT_FILES = "config.json, model.safetensors and the tokenizer's files"
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+"""What is fetched from the hub: no code."""
+INDEX = "model.safetensors.index.json"
+TOKENS = ("mask", "eos", "pad")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a network is loaded."""
+
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    quantization: str | None = None
+    block_length: int | None = None
+
+
+def load(
+    path: str, key: str = "model.path", options: LoadOptions | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Network and tokenizer. `key` is what messages call the path.
+
+    Raises:
+        UserError: the folder lacks the configuration, weights or tokenizer, or the hub has no such model.
+    """
+    options = options or LoadOptions()
+    folder = local_folder(path, key)
+    if is_adapter(folder):
+        nf4 = options.quantization
+        check(nf4 is None, "model.quantization", nf4, f"null with {key}={folder}: an adapter is merged into whole weights")
+        network, tokenizer = load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path", options)
+        network = merge(network, folder, key)
+        own = (folder / "tokenizer.json").is_file()
+        return network, AutoTokenizer.from_pretrained(folder) if own else tokenizer
+    _check_folder(folder, key)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = recognise(settings, f"{key}={path}")
+        if family is NATIVE:
+            return _load_native(folder, options), AutoTokenizer.from_pretrained(folder)
+        return _load_family(folder, settings, family, options, f"{key}={path}", source=path)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise _cannot(path, key, error) from None
+
+
+def local_folder(path: str, key: str = "model.path") -> Path:
+    """The folder that a path stands for. A name on the hub is downloaded, into the cache of huggingface_hub."""
+    path = resolve_model_path(path, key)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if _looks_local(path):
+        raise UserError(f"{key}={path}: no such folder; must be a folder with {CHECKPOINT_FILES}, or a hub name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=DOWNLOADED))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _cannot(path, key, error) from None
+
+
+def _cannot(path: str, key: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(f"{key}={path}: cannot be loaded, must be a folder with {CHECKPOINT_FILES}, or a hub name ({reason})")
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a path that does not exist was meant as a folder: a hub name is `name` or `owner/name`, and asking the hub for
+    anything else only makes the user wait."""
+    parent = Path(path).parent
+    return path.startswith((".", "/", "~")) or path.count("/") > 1 or (parent != Path(".") and parent.is_dir())
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file()
+    missing = [name for name, there in (
+        ("config.json", (folder / "config.json").is_file()),
+        ("model.safetensors", any(folder.glob("*.safetensors"))),
+        ("tokenizer.json", has_tokenizer),
+    ) if not there]
+    if missing:
+        raise UserError(f"{key}={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")
+
+
+def _load_native(folder: Path, options: LoadOptions) -> Any:
+    whole = options.quantization is None
+    check(whole, "model.quantization", options.quantization, "null: only checkpoints of a family can be loaded in 4 bits")
+    check(options.block_length is None, "model.block_length", options.block_length, "null: the model is not block-causal")
+    choice = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype), **choice)
+
+
+def _load_family(
+    folder: Path, settings: dict[str, Any], family: Family, options: LoadOptions, key: str, source: str
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    converted = FACTS in settings
+    if converted:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = getattr(transformers, family.tokenizer_class).from_pretrained(folder)
+        config = native_config(settings, family)
+        name_tokens(tokenizer, settings, family, config.vocab_size, key)
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        there = Path(source).expanduser()
+        getattr(config, FACTS).update(source=str(there.resolve()) if there.is_dir() else source, dtype=stored_dtype(folder))
+    if options.block_length is not None:
+        valid = f"null with the family {family.name}: it is not block-causal"
+        check(family.block_length is not None, "model.block_length", options.block_length, valid)
+        getattr(config, FACTS)["block_length"] = options.block_length
+    network = empty_network(config, options.attn_implementation)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    fill(network, folder, None if converted else family, getattr(torch, options.dtype), device, options.quantization, key)
+    return network, tokenizer
+
+
+def native_config(settings: dict[str, Any], family: Family) -> Any:
+    """The configuration of transformers for an original config.json, which it keeps."""
+    config = getattr(transformers, family.config_class)(**family.convert(settings), bos_token_id=None, use_cache=False)
+    config.is_causal = False
+    block = settings.get("block_length") or settings.get("block_size") or family.block_length
+    facts = {"family": family.name, "block_length": block if family.block_length else None, "original": settings}
+    setattr(config, FACTS, facts)
+    return config
+
+
+def empty_network(config: Any, attn_implementation: str | None = None) -> Any:
+    """The network without weights: parameters on the meta device, buffers (rotary frequencies) as they are."""
+    choice = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, **choice)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those of the index where there is one."""
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision of a checkpoint's tensors; the widest where they differ."""
+    found = set()
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return next((name for short, name in names.items() if short in found), "float32")
+
+
+def fill(
+    network: Any, folder: Path, family: Family | None, dtype: torch.dtype, device: torch.device, quantization: str | None,
+    key: str,
+) -> None:
+    """Streams the weights of a folder into an empty network. `family` translates their names, None: they are ours.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape.
+    """
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters(remove_duplicate=False)}
+    missing = {*shapes}
+    for file in weight_files(folder):
+        with safe_open(file, "pt") as tensors:
+            for original in tensors.keys():  # noqa: SIM118 - no mapping
+                name = original if family is None else family.to_native(original)
+                if name is None or name not in shapes:
+                    raise UserError(f"{key}: {file.name} has the tensor {original}, which the architecture does not")
+                tensor = tensors.get_tensor(original)
+                if tensor.shape != shapes[name]:
+                    raise UserError(f"{key}: {original} has the shape {list(tensor.shape)}; must be {list(shapes[name])}")
+                place(network, name, tensor, dtype, device, quantization)
+                missing.discard(name)
+    if network.config.tie_word_embeddings:
+        network.tie_weights()
+        missing.discard("lm_head.weight")
+    if missing:
+        raise UserError(f"{key}: the weights have no {min(missing)}")
+    network.to(device)  # the buffers; parameters are there already
+
+
+def place(
+    network: Any, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, quantization: str | None
+) -> None:
+    """Puts one tensor in its place, as a copy: the file's memory is not kept."""
+    module_name, _, leaf = name.rpartition(".")
+    module = network.get_submodule(module_name)
+    if quantization and isinstance(module, nn.Linear) and module is not network.get_output_embeddings():
+        module = four_bit(network, module_name, module)
+        if leaf == "weight":
+            module.weight = packed(tensor.to(dtype), device)
+            return
+    setattr(module, leaf, nn.Parameter(tensor.to(device, dtype, copy=True)))
+
+
+def name_tokens(
+    tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], family: Family, rows: int, key: str
+) -> None:
+    """Tells the tokenizer its mask, EOS and padding tokens: by config.json, else as it has them, else as published.
+
+    LLaDA's tokenizer, for one, has the mask token among many others without saying that it is the mask.
+
+    Raises:
+        UserError: nothing tells an id, or it is none of the tokenizer's tokens.
+    """
+    for name in TOKENS:
+        given = settings.get(f"{name}_token_id")
+        given = given[0] if isinstance(given, list) else given
+        own = getattr(tokenizer, f"{name}_token_id")
+        number = next((item for item in (given, own, family.ids.get(name)) if item is not None), None)
+        if number is None or not 0 <= number < min(rows, len(tokenizer)):
+            raise UserError(f"{key}: {name}_token_id={number}: must be a token's number in config.json or in the tokenizer")
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))

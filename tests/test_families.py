@@ -1,0 +1,383 @@
+"""Published checkpoint formats: every key has a place, and the logits are those of the architecture's definition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dllm_rl.errors import UserError
+from dllm_rl.memory import SavedBytes
+from dllm_rl.models import loading
+from dllm_rl.models.adapter import LoRAConfig
+from dllm_rl.models.families import FAMILIES as TABLE
+from dllm_rl.models.families import Family, recognise
+from dllm_rl.models.loading import LoadOptions, empty_network, load, native_config
+from dllm_rl.models.policy import Policy, load_policy
+from dllm_rl.models.pretrained import PretrainedModel
+from dllm_rl.types import PromptBatch
+from tests.original_models import BLOCK, FAMILIES, MASK, expected_logits, original_config, shapes, token_id, write_checkpoint
+
+PACKAGE = Path(__file__).parents[1] / "dllm_rl"
+LLADA_8B = original_config("llada") | {
+    "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288, "embedding_size": 126464,
+    "vocab_size": 126464, "max_sequence_length": 4096, "mask_token_id": 126336, "eos_token_id": 126081,
+    "pad_token_id": 126081,
+}
+"""config.json of LLaDA-8B-Instruct; Base and 1.5 have the same sizes."""
+DREAM_7B = original_config("dream") | {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 131072, "max_window_layers": 28,
+    "bos_token_id": 151643, "mask_token_id": 151666, "eos_token_id": 151643, "pad_token_id": 151643,
+}
+"""config.json of Dream-v0-Instruct-7B; DiffuCoder-7B has the same sizes."""
+SDAR_8B = original_config("sdar") | {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_hidden_layers": 36, "head_dim": 128,
+    "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 32768, "mask_token_id": 151669,
+}
+"""The sizes of Qwen3-8B, from which SDAR-8B was made."""
+PUBLISHED = {"llada": LLADA_8B, "dream": DREAM_7B, "sdar": SDAR_8B}
+PARAMETERS = {"llada": 8_015_581_184, "dream": 7_615_616_512}
+"""LLaDA-8B: total_size 16,031,162,368 bytes of its index, two per parameter; Dream-7B: that of Qwen2.5-7B."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_published_key_has_a_place_and_every_parameter_a_key(family: str) -> None:
+    config = PUBLISHED[family]
+    record = recognise(config, "here")
+    assert record is TABLE[family]
+    network = empty_network(native_config(config, record))
+    ours = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    assert all(parameter.is_meta for parameter in network.parameters())
+    published = shapes(family, config)
+    assert {record.to_native(name): shape for name, shape in published.items()} == ours
+    assert {record.to_original(name): shape for name, shape in ours.items()} == published
+    assert sum(torch.Size(shape).numel() for shape in ours.values()) == PARAMETERS.get(family, network.num_parameters())
+
+
+def test_foreign_keys_have_no_place() -> None:
+    assert TABLE["llada"].to_native("model.transformer.blocks.3.q_norm.weight") is None
+    assert TABLE["llada"].to_native("model.transformer.blocks.3.ff_out.weight") == "model.layers.3.mlp.down_proj.weight"
+    assert TABLE["llada"].to_native("model.transformer.ff_out.weight") == "lm_head.weight"
+
+
+def sequences(family: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Prompts of different lengths, and completions [B, L] with masks on them."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(0, 250, (length,), generator=generator) for length in (3, 7, 4, 1)]
+    canvas = torch.randint(0, 250, (4, 9), generator=generator)
+    canvas[torch.rand(canvas.shape, generator=generator) < 0.5] = token_id(family, MASK[family])
+    return prompts, canvas
+
+
+def logits_of(policy: Policy, prompts: list[Tensor], canvas: Tensor, extra: int = 0) -> Tensor:
+    """[B, L, V]; `extra` more padding tokens on the left."""
+    batch = policy.pad_prompts([row.tolist() for row in prompts], torch.arange(len(prompts)))
+    ids = torch.nn.functional.pad(batch.ids, (extra, 0), value=policy.pad_id)
+    mask = torch.nn.functional.pad(batch.mask, (extra, 0), value=False)
+    with torch.no_grad():
+        found = policy.logits(PromptBatch(ids, mask, batch.sample_ids), canvas, torch.ones_like(canvas, dtype=torch.bool))
+    return found.view(*canvas.shape, -1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_definition(tmp_path: Path, family: str, tied: bool, attention: str) -> None:
+    weights = write_checkpoint(family, tmp_path, shards=3, tied=tied)
+    policy = PretrainedModel(path=str(tmp_path), attn_implementation=attention).build([], 0)
+    assert policy.network.config._attn_implementation == attention
+    prompts, canvas = sequences(family)
+    found = logits_of(policy, prompts, canvas)
+    kept = torch.arange(found.shape[-1]) != policy.mask_id
+    for row, prompt in enumerate(prompts):
+        whole = expected_logits(family, original_config(family, tied), weights, torch.cat([prompt, canvas[row]]))
+        start = len(prompt) - (1 if family == "dream" else 0)  # Dream's logits stand one position before their token
+        assert (found[row][:, kept] - whole[start : start + canvas.shape[1], kept]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neither_padding_nor_the_batch_changes_logits(tmp_path: Path, family: str) -> None:
+    write_checkpoint(family, tmp_path)
+    policy = load_policy(str(tmp_path))
+    prompts, canvas = sequences(family)
+    found = logits_of(policy, prompts, canvas)
+    torch.testing.assert_close(logits_of(policy, prompts, canvas, extra=5), found, rtol=0, atol=1e-5)
+    for row, prompt in enumerate(prompts):
+        torch.testing.assert_close(logits_of(policy, [prompt], canvas[row : row + 1])[0], found[row], rtol=0, atol=1e-5)
+    if family == "sdar":  # what is right of a block does not change it: prompt of 3, so that the first block ends after one
+        longer = torch.cat([canvas, canvas[:, :3]], dim=1)
+        torch.testing.assert_close(logits_of(policy, prompts[:1], longer[:1])[0, :9], found[0], rtol=0, atol=1e-5)
+
+
+def test_blocks_are_counted_from_the_start_of_the_prompt(tmp_path: Path) -> None:
+    """Prompt of 3, blocks of 4: canvas position 0 is the end of the first block, positions 1 to 4 are the second."""
+    write_checkpoint("sdar", tmp_path)
+    policy = load_policy(str(tmp_path))
+    prompts, canvas = sequences("sdar")
+    assert len(prompts[0]) == 3 and BLOCK == 4
+    base = logits_of(policy, prompts[:1], canvas[:1])[0]
+    for changed, sees in ((0, [0, 1, 4, 5, 8]), (1, [1, 4, 5, 8]), (4, [1, 4, 5, 8]), (5, [5, 8])):
+        other = canvas[:1].clone()
+        other[0, changed] = (other[0, changed] + 1) % 200
+        moved = (logits_of(policy, prompts[:1], other)[0] != base).any(-1).tolist()
+        assert [place for place in (0, 1, 4, 5, 8) if moved[place]] == sees
+    wider = PretrainedModel(path=str(tmp_path), block_length=16).build([], 0)
+    assert wider.rules.block_length == 16
+    other = canvas[:1].clone()
+    other[0, 8] = (other[0, 8] + 1) % 200
+    assert not torch.equal(logits_of(wider, prompts[:1], other)[0, 0], logits_of(wider, prompts[:1], canvas[:1])[0, 0])
+
+
+def test_a_network_that_does_not_attend_as_its_family_should_is_refused(tmp_path: Path) -> None:
+    write_checkpoint("sdar", tmp_path)
+    network, tokenizer = load(str(tmp_path))
+    forward = network.forward
+    network.forward = lambda attention_mask, **more: forward(attention_mask=torch.ones_like(attention_mask), **more)
+    with pytest.raises(UserError, match="sees later blocks"):
+        Policy(network, tokenizer)
+    triangle = torch.ones(99, 99, dtype=torch.bool).tril()
+    network.forward = lambda attention_mask, **more: forward(
+        attention_mask=attention_mask & triangle[: attention_mask.shape[-1], : attention_mask.shape[-1]], **more)
+    with pytest.raises(UserError, match="attends causally"):
+        Policy(network, tokenizer)
+    everyone = torch.zeros(1, 1, 1, 99, dtype=torch.bool)
+    everyone[..., 0] = True
+    network.forward = lambda attention_mask, **more: forward(
+        attention_mask=attention_mask | everyone[..., : attention_mask.shape[-1]], **more)
+    with pytest.raises(UserError, match="ignores the attention mask"):
+        Policy(network, tokenizer)
+
+
+def test_a_shifted_model_needs_a_prompt(tmp_path: Path) -> None:
+    write_checkpoint("dream", tmp_path)
+    policy = PretrainedModel(path=str(tmp_path), chat_template=False).build([], 0)
+    with pytest.raises(UserError, match="prompt is empty: models of the family dream"):
+        policy.pad_prompts([[1, 2], []], torch.arange(2))
+    assert policy.encode_prompts([""], torch.arange(1)).ids.tolist() == [[token_id("dream", "<|beginoftext|>")]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_and_layout(tmp_path: Path, family: str) -> None:
+    write_checkpoint(family, tmp_path)
+    policy = load_policy(str(tmp_path))
+    eos = token_id(family, "<|endoftext|>")
+    assert (policy.mask_id, policy.eos_id, policy.pad_id) == (token_id(family, MASK[family]), eos, eos)
+    end = "<|eot_id|>" if family == "llada" else "<|im_end|>"
+    ids = policy.encode_completions(["ab"], 5)
+    assert ids[0].tolist()[2:] == [token_id(family, end), eos, eos]
+    assert policy.decode(ids) == ["ab"]
+    rendered = {"llada": "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n2+2=<|eot_id|>"
+                         "<|start_header_id|>assistant<|end_header_id|>\n\n"}
+    expected = rendered.get(family, "<|im_start|>user\n2+2=<|im_end|>\n<|im_start|>assistant\n")
+    batch = policy.encode_prompts(["2+2="], torch.arange(1))
+    assert policy.tokenizer.decode(batch.ids[0]) == expected
+    text = policy.introduction("2+2=")
+    assert f"mask {MASK[family]} {policy.mask_id}" in text and f"EOS <|endoftext|> {eos}" in text and "chat template" in text
+    assert repr(expected) in text
+
+    plain = PretrainedModel(path=str(tmp_path), chat_template=False).build([], 0)
+    ids = plain.encode_prompts(["2+2="], torch.arange(1)).ids[0].tolist()
+    assert ids[:-4] == ([token_id(family, "<|beginoftext|>")] if family == "dream" else [])
+    assert plain.encode_completions(["ab"], 4)[0].tolist()[2:] == [eos, eos]
+
+
+def test_ids_come_from_the_config_then_the_tokenizer_then_the_table(tmp_path: Path) -> None:
+    write_checkpoint("dream", tmp_path)
+    edit(tmp_path, mask_token_id=None)  # the tokenizer has one
+    assert load_policy(str(tmp_path)).mask_id == token_id("dream", "<|mask|>")
+    edit(tmp_path, mask_token_id=7)
+    assert load_policy(str(tmp_path)).mask_id == 7
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "mask_token": None}))
+    edit(tmp_path, mask_token_id=None)  # now only the published id is left, which so small a vocabulary does not have
+    with pytest.raises(UserError, match="mask_token_id=151666: must be a token's number"):
+        load_policy(str(tmp_path))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_weights_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time is there more of the checkpoint than one tensor beside the network."""
+    write_checkpoint("llada", tmp_path, shards=2, dtype=torch.bfloat16)
+    live: list[int] = []
+    place = loading.place
+
+    def counting(network: Any, name: str, tensor: Tensor, *rest: Any) -> None:
+        live.append(sum(parameter.numel() for parameter in network.parameters() if not parameter.is_meta))
+        place(network, name, tensor, *rest)
+        parameter = network.get_parameter(name)
+        assert parameter.dtype == torch.float32 and parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        assert parameter.data_ptr() != tensor.data_ptr()
+
+    monkeypatch.setattr(loading, "place", counting)
+    network, _ = load(str(tmp_path))
+    sizes = [parameter.numel() for parameter in network.parameters()]
+    steps = [after - before for before, after in zip(live, [*live[1:], sum(sizes)], strict=True)]
+    assert live[0] == 0 and sorted(steps) == sorted(sizes), "every tensor enters once, by itself"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_precision(tmp_path: Path, dtype: str) -> None:
+    weights = write_checkpoint("dream", tmp_path)
+    policy = PretrainedModel(path=str(tmp_path), dtype=dtype).build([], 0)
+    wanted = getattr(torch, dtype)
+    assert {parameter.dtype for parameter in policy.network.parameters()} == {wanted}
+    assert torch.equal(policy.network.lm_head.weight, weights["lm_head.weight"].to(wanted))
+    assert policy.network.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def drop(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+def add(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(shape)}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda folder: edit(folder, architectures=["OtherLM"], model_type="other"),
+     ["the architecture OtherLM", "llada, dream, sdar", "docs/add_a_family.md"]),
+    (lambda folder: edit(folder, n_layers=None), ["config.json: has no n_layers"]),
+    (lambda folder: edit(folder, alibi=True), ["config.json: alibi=True: must be False"]),
+    (lambda folder: edit(folder, include_bias=True), ["config.json: include_bias=True: must be False"]),
+    (lambda folder: drop(folder, "model.transformer.blocks.1.ff_proj.weight"), ["no model.layers.1.mlp.gate_proj.weight"]),
+    (lambda folder: add(folder, "model.transformer.blocks.1.q_norm.weight", (4,)),
+     ["model.transformer.blocks.1.q_norm.weight, which the architecture does not"]),
+    (lambda folder: add(folder, "model.transformer.ln_f.weight", (31,)), ["ln_f.weight has the shape [31]; must be [32]"]),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"xx"), ["cannot be loaded"]),
+    (lambda folder: (folder / "config.json").write_text("{"), ["cannot be loaded"]),
+    (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer.json"]),
+])
+def test_mistakes_are_named(tmp_path: Path, damage: Any, words: list[str]) -> None:
+    write_checkpoint("llada", tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError) as raised:
+        load_policy(str(tmp_path))
+    message = str(raised.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"dtype": "int8"}, r"model\.dtype=int8"), ({"attn_implementation": "fast"}, r"model\.attn_implementation=fast"),
+    ({"block_length": 0}, r"model\.block_length=0"), ({"quantization": "int4"}, r"model\.quantization=int4"),
+    ({}, r"model\.path=None: must be"),
+])
+def test_bad_settings_name_their_key(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PretrainedModel(**fields).build([], 0)
+
+
+def test_blocks_are_for_block_causal_families(tmp_path: Path) -> None:
+    write_checkpoint("llada", tmp_path)
+    with pytest.raises(UserError, match=r"model\.block_length=4: must be null with the family llada"):
+        PretrainedModel(path=str(tmp_path), block_length=4).build([], 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_format_is_a_plain_model_of_transformers(tmp_path: Path, family: str) -> None:
+    write_checkpoint(family, tmp_path / "original", dtype=torch.bfloat16)
+    policy = load_policy(str(tmp_path / "original"))
+    policy.save(tmp_path / "ours")
+    again = load_policy(str(tmp_path / "ours"))
+    assert again.rules == policy.rules and again.mask_id == policy.mask_id and again.turn_end_id == policy.turn_end_id
+    prompts, canvas = sequences(family)
+    assert torch.equal(logits_of(again, prompts, canvas), logits_of(policy, prompts, canvas))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    for (name, a), (_, b) in zip(plain.named_parameters(), policy.network.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    if family != "sdar":  # whose blocks are a mask that one has to pass
+        ids = torch.cat([prompts[0], canvas[0]]).unsqueeze(0)
+        start = len(prompts[0]) - policy.rules.logit_shift
+        with torch.no_grad():
+            logits = plain(input_ids=ids).logits[0, start : start + canvas.shape[1]]
+        kept = torch.arange(logits.shape[-1]) != policy.mask_id
+        assert torch.equal(logits[:, kept], logits_of(policy, prompts[:1], canvas[:1])[0][:, kept])
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours").mask_token_id == policy.mask_id
+
+
+def test_an_own_family_in_our_format_needs_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("llada", tmp_path / "original")
+    with monkeypatch.context() as patch:
+        patch.setitem(TABLE, "mine", Family(**{**TABLE["llada"].__dict__, "name": "mine", "architectures": ("MineLM",)}))
+        edit(tmp_path / "original", architectures=["MineLM"])
+        load_policy(str(tmp_path / "original")).save(tmp_path / "ours")
+    with pytest.raises(UserError, match=r"converted from the family mine, which is not known.*plugins="):
+        load_policy(str(tmp_path / "ours"))
+
+
+def test_a_name_on_the_hub_is_downloaded_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("llada", tmp_path / "cache")
+    asked: list[Any] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    policy = load_policy("owner/model")
+    assert policy.network.config.dllm_rl["source"] == "owner/model"
+    ((name, patterns),) = asked
+    assert name == "owner/model" and "*.safetensors" in patterns and not [item for item in patterns if "py" in item]
+
+
+def test_remote_code_is_never_trusted() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py"), *(PACKAGE.parent / "conf").rglob("*.yaml")]
+    assert len(files) > 50
+    assert not [file for file in files if "trust_remote_code" in file.read_text()]
+
+
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
+    write_checkpoint("dream", tmp_path)
+    prompts, canvas = sequences("dream")
+    gradients, peaks = [], []
+    for checkpointing in (False, True):
+        policy = PretrainedModel(path=str(tmp_path), gradient_checkpointing=checkpointing).build([], 0)
+        batch = policy.pad_prompts([row.tolist() for row in prompts], torch.arange(4))
+        with SavedBytes() as saved:
+            kept = policy.logits(batch, canvas, torch.ones_like(canvas, dtype=torch.bool))[:, :200]
+            kept.logsumexp(-1).sum().backward()
+        peaks.append(saved.peak)
+        gradients.append([parameter.grad.clone() for parameter in policy.network.parameters()])
+        assert not any(module.training for module in policy.network.modules() if "Layer" not in type(module).__name__)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_a_second_load_is_the_same(tmp_path: Path) -> None:
+    write_checkpoint("sdar", tmp_path)
+    one, two = (load(str(tmp_path), options=LoadOptions())[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_compiled_layers_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as torch.compile does it; only the code generator, which needs a compiler, is left out."""
+    write_checkpoint("dream", tmp_path)
+    prompts, canvas = sequences("dream")
+    plain = logits_of(load_policy(str(tmp_path)), prompts, canvas)
+    graphs: list[Any] = []
+    real = torch.compile
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model, **more: real(model, backend=backend, **more))
+    policy = PretrainedModel(path=str(tmp_path), compile=True).build([], 0)
+    torch.testing.assert_close(logits_of(policy, prompts, canvas), plain, rtol=0, atol=1e-5)
+    assert graphs
+    policy.save(tmp_path / "saved")
+    assert torch.equal(logits_of(load_policy(str(tmp_path / "saved")), prompts, canvas), plain)
+    adapted = PretrainedModel(path=str(tmp_path), compile=True, lora=LoRAConfig(r=2)).build([], 0)
+    torch.testing.assert_close(logits_of(adapted, prompts, canvas), plain, rtol=0, atol=1e-5)
