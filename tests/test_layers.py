@@ -14,7 +14,7 @@ LAYERS = (
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
     ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",
-     "critic", "kl_reward", "training", "assess", "update", "trainer"),
+     "critic", "kl_reward", "drift", "training", "assess", "update", "trainer"),
     ("config", "commands", "cli"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

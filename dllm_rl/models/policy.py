@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm_rl.errors import UserError
+from dllm_rl.models.kv_cache import KeyValueCache
 from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 CHECKPOINT_FILES = "config.json, model.safetensors and the tokenizer's files"
 
 
@@ -34,6 +36,11 @@ class Policy:
     Raises:
         UserError: a special token is missing, or the network turns out to be causal or to read padding.
     """
+
+    attention_block: int | None = None
+    """Positions per block where attention is causal between blocks. None: everyone sees everyone."""
+    shift: int = 0
+    """How many positions further left the network predicts a token: 1 for models made from autoregressive ones."""
 
     def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         for name in ("mask_token", "eos_token", "pad_token"):
@@ -56,6 +63,12 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    @property
+    def end_ids(self) -> list[int]:
+        """EOS, and the ends of a turn that the tokenizer knows."""
+        known = self.tokenizer.get_vocab()
+        return list(dict.fromkeys([self.eos_id, *(known[name] for name in END_OF_TURN if name in known)]))
+
     def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """The one forward pass.
 
@@ -69,7 +82,10 @@ class Policy:
         Returns:
             [K, V] logits in the network's precision, rows in row-major order of `positions`.
         """
-        logits = self._forward(prompts, canvas, positions)
+        return self.without_mask(self._forward(prompts, canvas, positions))
+
+    def without_mask(self, logits: Tensor) -> Tensor:
+        """The logits [K, V] with -inf for the mask token."""
         return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), -torch.inf)
 
     def hidden(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
@@ -89,12 +105,21 @@ class Policy:
         if not prompts.mask.all():
             attended = torch.cat([prompts.mask, torch.ones_like(positions)], dim=1)
             padding = {"attention_mask": attended.long(), "position_ids": (attended.cumsum(1) - 1).clamp(min=0)}
-        self._head_rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        head_rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        return self.run(head_rows, input_ids=ids, use_cache=False, **padding)
+
+    def run(self, head_rows: Tensor, **inputs: Any) -> Tensor:
+        """[K, V]: the network's own output for the K True entries of `head_rows`, a bool of the shape of its input ids."""
+        self._head_rows = head_rows
         try:
-            logits: Tensor = self.network(input_ids=ids, use_cache=False, **padding).logits
+            logits: Tensor = self.network(**inputs).logits
         finally:
             self._head_rows = None
         return logits
+
+    def cache(self, prompts: PromptBatch, length: int, *, exact: bool) -> KeyValueCache:
+        """An empty cache for completions of `length` tokens, for samplers (`sampler.cache`)."""
+        return KeyValueCache(self, prompts, length, exact=exact, attention_block=self.attention_block, shift=self.shift)
 
     def _keep_rows(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._head_rows is None:
@@ -156,6 +181,14 @@ class Policy:
     def frozen_copy(self) -> Policy:
         """The policy as it is now, in memory of its own; its parameters take no gradient."""
         return copy.deepcopy(self).freeze()
+
+    def in_dtype(self, dtype: torch.dtype) -> Policy:
+        """A frozen copy whose parameters are in another precision; rotary tables and other buffers keep theirs."""
+        parameters: dict[int, Any] = {
+            id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+            for parameter in self.network.parameters()
+        }
+        return copy.deepcopy(self, parameters)  # deepcopy takes what it is given in place of a copy of its own
 
     def freeze(self) -> Policy:
         """The policy itself, its parameters without gradients."""
