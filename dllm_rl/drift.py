@@ -32,7 +32,7 @@ def disagreement(policy: Policy, sampler: Sampler, prompts: PromptBatch, length:
     found, exact = (one.sample(policy, prompts, length, seed=0, step=0).ids for one in (fast, fast.exact()))
     text = through_first(exact, policy.eos_id)
     differs = (found != exact) & text
-    return {"sampler/disagreement": float(differs.sum() / text.sum()),
+    return {"sampler/disagreement": float(differs.sum().double() / text.sum()),
             "sampler/changed": float(differs.any(1).double().mean())}
 
 
@@ -54,6 +54,8 @@ class Variety:
         alike = len({*zip(groups, texts, strict=True)}) == len({*groups}) < len(groups)
         self._steps = self._steps + 1 if alike else 0
         if self._most and self._steps >= self._most:
-            raise UserError(f"trainer.max_identical_steps={self._most}: for so many steps all completions of each prompt were "
-                            "the same, so that there is nothing to learn from; a higher sampler.temperature varies them, a "
-                            "cache or a threshold may have collapsed them (see sampler/ in metrics.jsonl)")
+            raise UserError(
+                f"trainer.max_identical_steps={self._most}: in so many steps all completions of a prompt were the same, so "
+                "that there is nothing to learn from; a higher sampler.temperature varies them, a cache or a threshold may have "
+                "collapsed them (see sampler/ in metrics.jsonl)"
+            )

@@ -7,6 +7,7 @@ LLaDA: arXiv 2502.09992, algorithm 5, and generate.py. Dream: arXiv 2508.15487 a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -111,12 +112,8 @@ class Naive:
         row = [NEVER if t == self.policy.mask_id or (self.suppress_eos and t in ends) else x for t, x in enumerate(row)]
         law = self.law(row)
         if self.temperature:
-            probabilities, running, token = softmax(law), 0.0, 0
-            target = number * sum(probabilities)
-            for token, p in enumerate(probabilities):
-                running += p
-                if running > target:
-                    break
+            running = list(itertools.accumulate(softmax(law)))
+            token = next(t for t, below in enumerate(running) if below > number * running[-1])
         else:
             token = max(range(len(row)), key=lambda t: (row[t], -t))
         judged = law if self.judge_law else row
@@ -141,7 +138,8 @@ class Naive:
 def softmax(row: list[float]) -> list[float]:
     top = max(row)
     weights = [math.exp(x - top) for x in row]
-    return [w / sum(weights) for w in weights]
+    total = math.fsum(weights)
+    return [w / total for w in weights]
 
 
 def proposals(one: Naive, start: int, end: int, since_block: int, now: int) -> list[tuple[float, int, int]]:
@@ -170,8 +168,8 @@ def llada(one: Naive, block: int, steps: int) -> Naive:
 @torch.no_grad()
 def dream(one: Naive, steps: int, alg: str, eps: float = 1e-3) -> Naive:
     """The whole canvas; batch 1, so that the published mean over the batch is the row's own number."""
-    one.judge_law = True
-    one.position_by = {"origin": "random", "maskgit_plus": "sampled_prob", "topk_margin": "margin", "entropy": "entropy"}[alg]
+    rules = {"origin": "random", "maskgit_plus": "sampled_prob", "topk_margin": "margin", "entropy": "entropy"}
+    one.judge_law, one.position_by = True, rules[alg]
     times = torch.linspace(1, eps, steps + 1)
     for i in range(steps):
         masked, last = one.masked(), i == steps - 1
