@@ -56,6 +56,6 @@ class Variety:
         if self._most and self._steps >= self._most:
             raise UserError(
                 f"trainer.max_identical_steps={self._most}: in so many steps all completions of a prompt were the same, so "
-                "that there is nothing to learn from; a higher sampler.temperature varies them, a cache or a threshold may have "
-                "collapsed them (see sampler/ in metrics.jsonl)"
+                "that there is nothing to learn from; a higher sampler.temperature varies them, a cache or a threshold may "
+                "have collapsed them (see sampler/ in metrics.jsonl)"
             )
