@@ -234,7 +234,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     options_of = parser(__doc__, {"hidden_size": 64, "layers": 3, "prompts": 64, "batch": 32, "prompt_length": 32,
-                                  "length": 256, "repeats": 1, "short_steps": 800, "long_steps": 300})
+                                  "length": 256, "repeats": 1, "short_steps": 800, "long_steps": 1500})
     options_of.add_argument("--shape", choices=("tiny", "llada_8b"), default="tiny")
     options_of.add_argument("--temperature", type=float, default=0.0)
     options_of.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))

@@ -296,6 +296,18 @@ def test_logits_only_where_they_are_needed(sharp: Policy) -> None:
     assert rows == [16, 16] * 3, "two positions per row and step are known beforehand"
 
 
+def test_large_vocabularies_are_read_in_parts(sharp: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sampler in (LowConfidence(block_length=4, record_logps=True), LowConfidence(position_by="random")):
+        whole = draw(sampler, sharp, ragged(sharp))
+        with monkeypatch.context() as patch:
+            patch.setattr("dllm_rl.diffusion.decoding.AT_ONCE", 3 * len(sharp.tokenizer) + 1)
+            found = draw(sampler, sharp, ragged(sharp))
+        assert torch.equal(found.ids, whole.ids)
+        assert sampler.record_logps == (found.behaviour_logps is not None)
+        if found.behaviour_logps is not None and whole.behaviour_logps is not None:
+            assert torch.equal(found.behaviour_logps, whole.behaviour_logps)
+
+
 def test_filters_by_hand() -> None:
     logits = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log()
 
