@@ -28,7 +28,7 @@ from dllm_rl.diffusion.estimators import (
     StratifiedCounts,
     Trajectory,
 )
-from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.diffusion.sampler import Dream, LowConfidence, Parallel
 from dllm_rl.errors import UserError, check
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.kl_reward import KLRewardConfig
@@ -82,7 +82,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "mbpp": MBPP,
         "humaneval": HumanEval,
     },
-    "sampler": {"low_confidence": LowConfidence},
+    "sampler": {"low_confidence": LowConfidence, "dream": Dream, "parallel": Parallel},
     "likelihood": {
         "elbo": StratifiedCounts,
         "bernoulli": Bernoulli,

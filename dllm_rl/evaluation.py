@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.diffusion.sampler import Sampler
 from dllm_rl.errors import UserError, check
 from dllm_rl.experience import rollout
 from dllm_rl.models.policy import Policy
@@ -70,7 +70,7 @@ class Sample:
     tokens: int
     """Before the first EOS."""
     nfe: int
-    """Denoising steps that wrote it: forward passes of the network."""
+    """Forward passes of the network that wrote it, over the whole row or over a part of it (a cache)."""
     seconds: float
     """Its share of the time of its batch."""
     value: float
@@ -141,7 +141,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy, task: Task, sampler: LowConfidence, config: EvaluationConfig, *, seed: int,
+    policy: Policy, task: Task, sampler: Sampler, config: EvaluationConfig, *, seed: int,
     earlier: Iterable[Sample] = (), save: Callable[[list[Sample]], None] | None = None,
 ) -> Evaluation:
     """Greedy and sampled (at the sampler's temperature) completions of the test prompts.
@@ -184,7 +184,7 @@ def regraded(samples: Sequence[Sample], task: Task) -> list[Sample]:
 
 
 def _sampled(
-    policy: Policy, task: Task, sampler: LowConfidence, mode: str, chunk: Sequence[tuple[Prompt, int, int]], seed: int
+    policy: Policy, task: Task, sampler: Sampler, mode: str, chunk: Sequence[tuple[Prompt, int, int]], seed: int
 ) -> list[Sample]:
     """Samples and grades a batch of (prompt, index of the completion, number of the prompt)."""
     prompts, started = [prompt for prompt, _, _ in chunk], time.perf_counter()
@@ -192,7 +192,7 @@ def _sampled(
     sample_ids = torch.tensor([number + (index << 32) for _, index, number in chunk])
     completions, texts = rollout(policy, task, sampler, prompts, seed=seed, step=EVALUATION_STEP, sample_ids=sample_ids)
     seconds = (time.perf_counter() - started) / len(chunk)
-    lengths, nfe = _lengths(completions.ids, policy.eos_id), (completions.unmask_step.amax(1) + 1).tolist()
+    lengths, nfe = _lengths(completions.ids, policy.eos_id), completions.nfe.tolist()
     rewards = task.score_batch(prompts, texts)
     return [
         Sample(mode, prompt.id, index, policy.render(prompt), text, lengths[row], nfe[row], seconds, **_graded(reward))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.noise import Purpose, make_key, uniform
-from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.diffusion.sampler import Sampler
+from dllm_rl.drift import Variety, disagreement, effort
 from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy
 from dllm_rl.task import Grader, Prompt, Reward, Task
@@ -58,6 +59,8 @@ class Rollouts(Experience):
     """B entries: each prompt repeated G times."""
     texts: list[str]
     graded: list[Reward]
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """How far an approximate sampler is from the exact one."""
 
     def metrics(self) -> dict[str, float]:
         """The `reward/` and `rollout/` figures of metrics.jsonl."""
@@ -73,6 +76,8 @@ class Rollouts(Experience):
             "rollout/unique": len(unique),
             "rollout/count": len(self.texts),
             "rollout/length": sum(map(len, self.texts)) / len(self.texts),
+            **effort(self.completions),
+            **self.drift,
         }
 
     def format_only_groups(self) -> int:
@@ -138,11 +143,14 @@ class RolloutSource:
     prompts: Sequence[Prompt]
     """What it samples from."""
     grader: Grader
-    sampler: LowConfidence
+    sampler: Sampler
     prompts_per_step: int
     group_size: int
     seed: int
     failures: Failures
+    variety: Variety = field(default_factory=lambda: Variety(0))
+    check_prompts: int = 0
+    """Prompts per step on which an approximate sampler is compared with the exact one."""
 
     def experience(self, step: int) -> Rollouts:
         """Fresh completions of the prompts whose turn it is."""
@@ -151,7 +159,11 @@ class RolloutSource:
             self.policy, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step
         )
         self.failures.count(found.graded)
-        return found
+        self.variety.count(found.groups.tolist(), found.texts)
+        if not (self.sampler.approximate and self.check_prompts):
+            return found
+        few = found.completions.prompts.rows(slice(0, self.check_prompts * self.group_size, self.group_size))
+        return replace(found, drift=disagreement(self.policy, self.sampler, few, self.task.completion_length))
 
 
 def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Item]:
@@ -165,7 +177,7 @@ def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Ite
 
 
 def rollout(
-    policy: Policy, task: Task, sampler: LowConfidence, prompts: Sequence[Prompt], *, seed: int, step: int,
+    policy: Policy, task: Task, sampler: Sampler, prompts: Sequence[Prompt], *, seed: int, step: int,
     sample_ids: Tensor | None = None,
 ) -> tuple[Completions, list[str]]:
     """One completion per entry of `prompts`; entry i has sample id i unless `sample_ids` [B] says otherwise."""
@@ -175,7 +187,7 @@ def rollout(
 
 
 def collect(
-    policy: Policy, task: Task, grader: Grader, sampler: LowConfidence, prompts: Sequence[Prompt], group_size: int, *,
+    policy: Policy, task: Task, grader: Grader, sampler: Sampler, prompts: Sequence[Prompt], group_size: int, *,
     seed: int, step: int,
 ) -> Rollouts:
     """Samples `group_size` completions per prompt and grades them."""

@@ -244,7 +244,7 @@ class MaskedDiffusionLM(LM):
         """What a request asks for. `number` counts the equal requests before it."""
         max_tokens = int(next((settings[name] for name in LENGTHS if settings.get(name) is not None), self.max_gen_toks))
         check(max_tokens >= 1, "max_gen_toks", max_tokens, "an integer >= 1")
-        block = min(self.sampler.block_length, max_tokens)
+        block = min(self.sampler.block_length or max_tokens, max_tokens)
         canvas = -(-max_tokens // block) * block
         self.sampler.plan(canvas)  # refuses numbers of steps that do not fit, before anything is computed
         temperature = settings.get("temperature")

@@ -11,7 +11,7 @@ from dllm_rl.advantages import AdvantageConfig
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.likelihood import Denoiser
-from dllm_rl.diffusion.sampler import LowConfidence
+from dllm_rl.diffusion.sampler import Sampler
 from dllm_rl.errors import check
 from dllm_rl.evaluation import EvaluationConfig
 from dllm_rl.experience import Source
@@ -45,11 +45,16 @@ class TrainerConfig:
     keep: int = 2
     max_infra_errors: float = 0.1
     """The run stops when the grader failed on more than this share of the completions of the last ten steps."""
+    max_identical_steps: int = 20
+    """The run stops when all completions of each prompt are the same for so many steps in a row; 0: never."""
+    sampler_check: int = 4
+    """Prompts per step on which an approximate sampler (a cache, parallel decoding, half precision) is compared with the
+    exact one; 0: none."""
     gradient_cosine: bool = False
     """Also log the cosine between the gradients of the even and of the odd Monte Carlo samples."""
 
     def __post_init__(self) -> None:
-        least = {"eval_every": 0, "resample_masks": 0, "gradient_cosine": 0}
+        least = {"eval_every": 0, "max_identical_steps": 0, "sampler_check": 0, "resample_masks": 0, "gradient_cosine": 0}
         share = self.max_infra_errors
         check(0 <= share <= 1, "trainer.max_infra_errors", share, "a number from 0 to 1")
         for name, value in asdict(self).items():
@@ -67,7 +72,7 @@ class Training:
     """What the policy is evaluated on."""
     source: Source
     """Where completions and their rewards come from."""
-    sampler: LowConfidence
+    sampler: Sampler
     likelihood: Likelihood
     objective: Objective
     advantage: AdvantageConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -17,10 +18,15 @@ class _Rows:
 
     def rows(self: Rows, index: Tensor | slice) -> Rows:
         """The same type holding only the chosen rows; `index` is a slice, a bool [B] or an integer tensor [C]."""
-        return type(self)(**{item.name: getattr(self, item.name)[index] for item in fields(self)})
+        return self._each(lambda tensor: tensor[index])
 
     def to(self: Rows, device: torch.device) -> Rows:
-        return type(self)(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self: Rows, change: Callable[[Tensor], Tensor]) -> Rows:
+        """`change` of every tensor; those that are optional and absent stay so."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return type(self)(**{name: None if value is None else change(value) for name, value in values.items()})
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -58,6 +64,16 @@ class Completions(_Rows):
     """[B, L] int64. No mask token is left on it."""
     unmask_step: Tensor
     """[B, L] int64: the denoising step that wrote the token; -1 where it was filled in after the end of the text."""
+    passes: Tensor | None = None
+    """[B, 2] int64: forward passes over the whole row, and over parts of it (with a cache), that wrote it. None: unknown."""
+    behaviour_logps: Tensor | None = None
+    """[B, L] float64: log-probability of each token, at temperature 1, at the state that the sampler wrote it in; 0 where
+    unmask_step is -1. What `likelihood=trajectory` scores with steps_per_slice=1. None: not recorded."""
+
+    @property
+    def nfe(self) -> Tensor:
+        """[B] int64: forward passes of the network that wrote each completion."""
+        return self.unmask_step.amax(1) + 1 if self.passes is None else self.passes.sum(1)
 
     @property
     def prompts(self) -> PromptBatch:

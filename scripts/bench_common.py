@@ -31,10 +31,12 @@ def tiny_policy(hidden_size: int, seed: int = 0) -> Policy:
     return policy
 
 
-def llada_policy(layers: int | None) -> Policy:
-    """Random bfloat16 weights in LLaDA-8B's shapes; `layers` cuts the depth."""
+def llada_policy(layers: int | None, hidden_size: int | None = None) -> Policy:
+    """Random bfloat16 weights in LLaDA-8B's shapes; `layers` cuts the depth, `hidden_size` the width at 128 per head."""
     tokenizer = build_tokenizer([])
-    config = LlamaConfig(**{**LLADA_8B, "num_hidden_layers": layers or LLADA_8B["num_hidden_layers"]})
+    narrow = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_attention_heads": hidden_size // 128,
+              } if hidden_size else {}
+    config = LlamaConfig(**{**LLADA_8B, "num_hidden_layers": layers or LLADA_8B["num_hidden_layers"], **narrow})
     config.is_causal = False
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

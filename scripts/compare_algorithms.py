@@ -34,7 +34,7 @@ T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2
 REPOSITORY = Path(__file__).parents[1]
 FROM_FILES = ("rpo", "dro", "kto", "vrpo", "sft")
 """Presets that learn from a file of scored completions."""
-ALWAYS = ("sampler.remasking=low_confidence", "resume=auto", "trainer.save_every=1000")
+ALWAYS = ("sampler.position_by=sampled_prob", "resume=auto", "trainer.save_every=1000")
 
 
 @dataclass(frozen=True)

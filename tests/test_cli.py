@@ -83,7 +83,8 @@ def test_help_lists_commands_and_groups(tmp_path: Path) -> None:
     text = good(tmp_path, "--help")
     assert all(command in text for command in ("sft", "train", "evaluate", "generate"))
     text = good(tmp_path, "train", "--help")
-    for line in ("algorithm: agrpo, bgpo", "likelihood: bernoulli, block, coupled", "sampler: low_confidence",
+    for line in ("algorithm: agrpo, bgpo", "likelihood: bernoulli, block, coupled",
+                 "sampler: dream, fast_dllm, left_to_right, low_confidence, parallel, random_order",
                  "task: countdown, gsm8k, humaneval, math, mbpp, program_synthesis, sudoku, sudoku_9x9, word_problems",
                  "num_samples: 16"):
         assert line in text

@@ -15,7 +15,7 @@ LAYERS = (
     ("diffusion", "models"),
     ("objectives", "advantages", "gae", "scoring", "accumulate", "diagnostics"),
     ("optimization", "checkpoint", "tracking", "experience", "offline", "evaluation", "evaluation_report", "supervised",
-     "critic", "kl_reward", "training", "assess", "update", "trainer", "lm_eval_model"),
+     "critic", "kl_reward", "drift", "training", "assess", "update", "trainer", "lm_eval_model"),
     ("config", "commands", "cli", "harness"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

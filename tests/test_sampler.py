@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.sampler import LowConfidence
-from dllm_rl.diffusion.unmasking import choose_tokens, most_confident, token_confidence, transfer_schedule
+from dllm_rl.diffusion.unmasking import draw_tokens, most_confident, position_scores, sampling_law, transfer_schedule
 from dllm_rl.errors import UserError
 from dllm_rl.models.policy import Policy
 from dllm_rl.types import Completions, PromptBatch
@@ -75,14 +77,14 @@ def test_default_steps_are_half_the_length() -> None:
     assert LowConfidence(denoising_steps=256).plan(256) == (32, 32)
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_results_do_not_depend_on_batch_size_or_order(policy: Policy, remasking: str) -> None:
+@pytest.mark.parametrize("position_by", ["sampled_prob", "random"])
+def test_results_do_not_depend_on_batch_size_or_order(policy: Policy, position_by: str) -> None:
     prompts = prompts_for(policy, 7)
-    whole = draw(policy, prompts, remasking=remasking)
+    whole = draw(policy, prompts, position_by=position_by)
     for size in (1, 3):
-        assert torch.equal(draw(policy, prompts, remasking=remasking, batch_size=size).ids, whole.ids)
+        assert torch.equal(draw(policy, prompts, position_by=position_by, batch_size=size).ids, whole.ids)
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
-    assert torch.equal(draw(policy, prompts.rows(order), remasking=remasking).ids, whole.ids[order])
+    assert torch.equal(draw(policy, prompts.rows(order), position_by=position_by).ids, whole.ids[order])
     assert torch.equal(whole.prompt_ids, prompts.ids)
 
 
@@ -111,21 +113,24 @@ def test_tokens_follow_the_tempered_distribution() -> None:
     noise = torch.rand(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for temperature in (0.5, 1.0, 2.0):
         expected = (logits[0].double() / temperature).softmax(-1) * 40_000
-        counts = choose_tokens(logits, noise, temperature).bincount(minlength=5)
+        law = sampling_law(logits.double(), temperature, None, None).softmax(-1)
+        counts = draw_tokens(law, noise).bincount(minlength=5)
         assert counts[4] == 0
         # Chi-square with three degrees of freedom: 16.3 is exceeded with probability 0.001.
         assert ((counts - expected)[:4] ** 2 / expected[:4]).sum() < 16.3
 
 
 def test_extreme_noise_stays_in_range() -> None:
-    logits = torch.tensor([[0.0, 0.0, -torch.inf], [-torch.inf, 0.0, 0.0]])
-    assert choose_tokens(logits, torch.full((2,), 1 - 2.0**-53, dtype=torch.float64), 1.0).tolist() == [1, 2]
-    assert choose_tokens(logits, torch.full((2,), 2.0**-53, dtype=torch.float64), 1.0).tolist() == [0, 1]
+    law = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    assert draw_tokens(law, torch.full((2,), 1 - 2.0**-53, dtype=torch.float64)).tolist() == [1, 2]
+    assert draw_tokens(law, torch.full((2,), 2.0**-53, dtype=torch.float64)).tolist() == [0, 1]
 
 
-def test_confidence_ignores_the_temperature() -> None:
-    logits = torch.tensor([[0.0, 0.6931471805599453]], dtype=torch.float64)
-    assert token_confidence(logits, torch.tensor([1])).item() == pytest.approx(2 / 3)
+def test_scores_by_hand() -> None:
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    for rule, expected in (("sampled_prob", [0.25, 1.0]), ("max_prob", [0.5, 1.0]), ("margin", [0.25, 1.0]),
+                           ("entropy", [-1.5 * math.log(2), 0.0])):
+        assert position_scores(rule, probabilities, torch.tensor([2, 0])).tolist() == pytest.approx(expected)
 
 
 def test_most_confident_takes_the_leftmost_of_equals() -> None:
@@ -169,7 +174,7 @@ def test_stop_early_gives_the_same_text_in_fewer_calls() -> None:
     ({"block_length": 4, "denoising_steps": 10}, r"sampler\.denoising_steps=10: must be a multiple of the number of blocks"),
     ({"denoising_steps": 13}, r"sampler\.denoising_steps=13"),
     ({"temperature": -1}, r"sampler\.temperature=-1"),
-    ({"remasking": "entropy"}, r"sampler\.remasking=entropy: must be low_confidence or random"),
+    ({"position_by": "length"}, r"sampler\.position_by=length: must be sampled_prob, max_prob, entropy, margin"),
     ({"batch_size": 0}, r"sampler\.batch_size=0"),
 ])
 def test_bad_values_name_their_key(settings: dict[str, object], message: str) -> None:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from dllm_rl.commands import common
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.estimators import Trajectory
+from dllm_rl.drift import Variety
 from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.experience import Failures, RolloutSource, Source
 from dllm_rl.kl_reward import KLReward
@@ -84,7 +85,8 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
         grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
         return RolloutSource(
             policy, task, guarded(task, settings["leaks"]), grader, settings["sampler"], trainer.prompts_per_step,
-            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors),
+            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors), Variety(trainer.max_identical_steps),
+            trainer.sampler_check,
         ), []
     length, offline = task.completion_length, settings["offline"]
     groups, skipped = load_scored(str(settings["data"]), offline, policy, length, least_group(settings))

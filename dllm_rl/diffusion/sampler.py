@@ -1,113 +1,160 @@
-"""LLaDA's semi-autoregressive sampler with low-confidence remasking (arXiv 2502.09992, section 2.4 and algorithm 5).
+"""The samplers: how many tokens a denoising step writes, and where. `decoding.py` has the loop and the settings they share.
 
-Blocks are decoded from left to right. Within a block every step predicts all masked tokens and keeps the most confident
-ones. Training rollouts, evaluation and `dllm-rl generate` all call `sample`.
+Training rollouts, evaluation and `dllm-rl generate` all call `Sampler.sample`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dllm_rl.diffusion.decoding import Sampler, even_schedule
 from dllm_rl.diffusion.likelihood import Denoiser
-from dllm_rl.diffusion.noise import Purpose, fold, make_key, uniform
-from dllm_rl.diffusion.unmasking import choose_tokens, most_confident, token_confidence, transfer_schedule
-from dllm_rl.errors import bad_value, check
-from dllm_rl.types import Completions, PromptBatch
+from dllm_rl.diffusion.unmasking import (
+    POSITION_RULES,
+    count_above,
+    count_within_factor,
+    gumbel,
+    most_confident,
+    position_scores,
+    time_schedule,
+)
+from dllm_rl.errors import check
+from dllm_rl.types import PromptBatch
 
-REMASKING = ("low_confidence", "random")
+__all__ = ["Dream", "LowConfidence", "Parallel", "Sampler", "reproduces"]
+
+ALGORITHMS = {"origin": "random", "maskgit_plus": "sampled_prob", "topk_margin": "margin", "entropy": "entropy"}
 
 
 @dataclass
-class LowConfidence:
-    """Sampler settings (`sampler=low_confidence`)."""
+class LowConfidence(Sampler):
+    """LLaDA's semi-autoregressive sampler with low-confidence remasking (`sampler=low_confidence`).
 
-    block_length: int = 32
-    """Tokens per block; a completion shorter than this is one block."""
-    denoising_steps: int | None = None
-    """Forward passes for a whole completion. null: half the completion length, two tokens per step."""
-    temperature: float = 1.0
-    """0 is greedy."""
-    remasking: str = "low_confidence"
-    """low_confidence keeps the most probable predictions of a step; random keeps random ones."""
-    stop_early: bool = True
-    """Once a finished block holds EOS, fill the later blocks with EOS instead of decoding them: the text is the same."""
-    batch_size: int = 128
-    """Rows per forward pass. Never changes a result."""
+    Every step predicts all masked tokens of a block and keeps the same number of them. Source: arXiv 2502.09992, section 2.4
+    and algorithm 5, and the authors' generate.py.
+    """
+
+    position_by: str = "sampled_prob"
+    """Which predictions a step keeps: sampled_prob (LLaDA) | max_prob | entropy | margin | random | left_to_right."""
 
     def __post_init__(self) -> None:
-        check(self.block_length >= 1, "sampler.block_length", self.block_length, "an integer >= 1")
-        steps = self.denoising_steps
-        check(steps is None or steps >= 1, "sampler.denoising_steps", steps, "an integer >= 1, or null")
-        check(0 <= self.temperature < float("inf"), "sampler.temperature", self.temperature, "a number >= 0")
-        check(self.remasking in REMASKING, "sampler.remasking", self.remasking, " or ".join(REMASKING))
-        check(self.batch_size >= 1, "sampler.batch_size", self.batch_size, "an integer >= 1")
+        super().__post_init__()
+        check_rule(self.position_by)
 
-    def plan(self, length: int) -> tuple[int, int]:
-        """(block length, steps per block) for completions of `length` tokens.
+    @property
+    def order(self) -> str:
+        return self.position_by
 
-        Raises:
-            UserError: the blocks do not tile the completion, or the steps do not divide evenly among them.
-        """
-        block = min(self.block_length, length)
-        if length % block:
-            raise bad_value("sampler.block_length", block, f"a divisor of task.completion_length={length}")
-        blocks = length // block
-        steps = self.denoising_steps or max(1, length // 2 // blocks) * blocks
-        if steps % blocks or not blocks <= steps <= length:
-            valid = f"a multiple of the number of blocks ({blocks}), at most task.completion_length={length}"
-            raise bad_value("sampler.denoising_steps", steps, valid)
-        return block, steps // blocks
+    def quota(self, masked: Tensor, step: Tensor, plan: tuple[int, int], noise: Tensor) -> Tensor:
+        """The same number at every step, as nearly as possible."""
+        del masked, noise
+        return even_schedule(plan, step)
 
-    @torch.no_grad()
-    def sample(self, policy: Denoiser, prompts: PromptBatch, length: int, *, seed: int, step: int) -> Completions:
-        """Completions of `length` tokens, a pure function of (policy, prompt, seed, step, sample id) for each row."""
-        parts = [
-            self._sample_batch(policy, prompts.rows(slice(start, start + self.batch_size)), length, seed, step)
-            for start in range(0, len(prompts), self.batch_size)
-        ]
-        ids, unmask_step = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return Completions(prompts.ids, prompts.mask, prompts.sample_ids, ids, unmask_step)
 
-    def _sample_batch(
-        self, policy: Denoiser, prompts: PromptBatch, length: int, seed: int, step: int
-    ) -> tuple[Tensor, Tensor]:
-        block_length, steps_per_block = self.plan(length)
-        keys = make_key(seed, Purpose.SAMPLE, step, prompts.sample_ids, device=prompts.ids.device)
-        canvas = torch.full((len(prompts), length), policy.mask_id, device=prompts.ids.device)
-        unmask_step = torch.full_like(canvas, -1)
-        now = 0
-        for start in range(0, length, block_length):
-            end = start + block_length
-            for count in transfer_schedule(block_length, steps_per_block):
-                masked = canvas == policy.mask_id
-                masked[:, end:] = False
-                tokens, confidence = self._predict(policy, prompts, canvas, masked, fold(keys, now))
-                write = most_confident(confidence, masked, count)
-                canvas = torch.where(write, tokens, canvas)
-                unmask_step = torch.where(write, now, unmask_step)
-                now += 1
-            if self.stop_early and end < length:
-                finished = (canvas[:, :end] == policy.eos_id).any(1)
-                canvas[finished, end:] = policy.eos_id
-                if finished.all():
-                    break
-        return canvas, unmask_step
+@dataclass
+class Dream(Sampler):
+    """Dream's sampler: the whole canvas at once, its own schedule and confidences (`sampler=dream`).
 
-    def _predict(
-        self, policy: Denoiser, prompts: PromptBatch, canvas: Tensor, masked: Tensor, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A token and its confidence for every masked position: two [B, L] tensors, meaningless elsewhere."""
-        noise = uniform(keys, 2 * canvas.shape[1]).chunk(2, dim=1)
-        logits = policy.logits(prompts, canvas, masked)
-        chosen = choose_tokens(logits, noise[0][masked], self.temperature)
-        if self.remasking == "random":
-            confidence = noise[1]
-        else:
-            confidence = torch.zeros_like(noise[1]).masked_scatter(masked, token_confidence(logits.double(), chosen))
-        return canvas.masked_scatter(masked, chosen), confidence
+    Step i writes the share 1 - t_{i+1}/t_i of what is still masked, t linear from 1 to eps. The published code takes the
+    batch's mean number of masked tokens, so that rows influence each other; here every row counts its own. Source: Dream 7B,
+    arXiv 2508.15487, and its generation_utils.py.
+    """
+
+    block_length: int | None = None
+    alg: str = "entropy"
+    """origin: random positions | maskgit_plus: the most probable | topk_margin | entropy: the most certain."""
+    alg_temp: float = 0.0
+    """Above 0, positions are drawn with probabilities softmax(confidence / alg_temp) instead of taken in order."""
+    eps: float = 1e-3
+    """The time at which the last step begins to end."""
+    judges_law = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.alg in ALGORITHMS, "sampler.alg", self.alg, ", ".join(ALGORITHMS))
+        check(0 <= self.alg_temp < float("inf"), "sampler.alg_temp", self.alg_temp, "a number >= 0")
+        check(0 <= self.eps < 1, "sampler.eps", self.eps, "a number >= 0 and < 1")
+        valid = "0 with sampler.alg=origin, whose positions are random anyway"
+        check(self.alg != "origin" or self.alg_temp == 0, "sampler.alg_temp", self.alg_temp, valid)
+
+    @property
+    def order(self) -> str:
+        return ALGORITHMS[self.alg]
+
+    def quota(self, masked: Tensor, step: Tensor, plan: tuple[int, int], noise: Tensor) -> Tensor:
+        """origin writes every masked token with the probability of the step, the others a fixed part of them."""
+        share = time_schedule(plan[1], self.eps).to(step.device)[step]
+        if self.alg == "origin":  # those with the highest noise, which is the order of `random`
+            return ((noise > 1 - share.double().unsqueeze(1)) & masked).sum(1)
+        return (masked.sum(1) * share).long()
+
+    def ranked(self, scores: Tensor, noise: Tensor) -> Tensor:
+        return scores if self.alg_temp == 0 else scores / self.alg_temp + gumbel(noise)
+
+
+@dataclass
+class Parallel(Sampler):
+    """Fast-dLLM's parallel decoding: as many tokens per step as the model is sure of, at least one (`sampler=parallel`).
+
+    The policy that it samples is another one than with a fixed schedule. `threshold` above 1 is one token per step. Source:
+    arXiv 2505.22618 and the authors' llada/generate.py.
+    """
+
+    threshold: float | None = 0.9
+    """Write every masked token of the block with at least this confidence. null: no threshold."""
+    factor: float | None = None
+    """In place of a threshold: write the n best while (n + 1)(1 - confidence of the n-th) <= factor."""
+    max_tokens: int | None = None
+    """Never write more than this many at a step. null: no limit."""
+    position_by: str = "sampled_prob"
+    """The confidence: sampled_prob | max_prob | margin. Without threshold and factor also entropy, random, left_to_right."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rule(self.position_by)
+        threshold, factor, most = self.threshold, self.factor, self.max_tokens
+        check(threshold is None or threshold > 0, "sampler.threshold", threshold, "a number > 0, or null")
+        check(factor is None or factor > 0, "sampler.factor", factor, "a number > 0, or null")
+        check(threshold is None or factor is None, "sampler.factor", factor, "null with sampler.threshold, or that one null")
+        check(most is None or most >= 1, "sampler.max_tokens", most, "an integer >= 1, or null")
+        free = threshold is None and factor is None
+        check(not free or most is not None, "sampler.max_tokens", most, "an integer >= 1 without threshold and factor")
+        probability = self.position_by in ("sampled_prob", "max_prob", "margin")
+        valid = "sampled_prob, max_prob or margin with sampler.threshold or sampler.factor"
+        check(free or probability, "sampler.position_by", self.position_by, valid)
+        check(self.denoising_steps is None, "sampler.denoising_steps", self.denoising_steps, "null: the model decides")
+
+    @property
+    def order(self) -> str:
+        return self.position_by
+
+    def quota(self, masked: Tensor, step: Tensor, plan: tuple[int, int], noise: Tensor) -> Tensor:
+        """The limit."""
+        del step, plan, noise
+        return masked.sum(1).clamp(max=self.max_tokens or masked.shape[1])
+
+    def count(self, scores: Tensor, masked: Tensor, quota: Tensor) -> Tensor:
+        """Those that the model is sure of, at least one."""
+        if self.threshold is not None:
+            quota = torch.minimum(quota, count_above(scores, masked, self.threshold))
+        elif self.factor is not None:
+            quota = torch.minimum(quota, count_within_factor(scores, masked, self.factor))
+        return quota.clamp(min=1)
+
+    @property
+    def approximate(self) -> bool:
+        return True
+
+    def exact(self) -> Parallel:
+        """One token per step, from passes over the whole row in full precision."""
+        return replace(super().exact(), threshold=None, factor=None, max_tokens=1)
+
+
+def check_rule(rule: str) -> None:
+    check(rule in POSITION_RULES, "sampler.position_by", rule, ", ".join(POSITION_RULES))
 
 
 @torch.no_grad()
@@ -127,7 +174,7 @@ def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
         logits = policy.logits(prompts.rows(right), part, masked)
         chosen = logits.argmax(-1)
         confidence = torch.zeros(part.shape, dtype=torch.float64, device=ids.device).masked_scatter(
-            masked, token_confidence(logits.double(), chosen)
+            masked, position_scores("sampled_prob", logits.double().softmax(-1), chosen)
         )
         write = most_confident(confidence, masked, 1)
         canvas[right] = torch.where(write, part.masked_scatter(masked, chosen), part)

@@ -22,10 +22,13 @@ from dllm_rl.errors import UserError
 from dllm_rl.models import adapter
 from dllm_rl.models.attention import attention_inputs
 from dllm_rl.models.families import rules_of
+from dllm_rl.models.kv_cache import KeyValueCache
 from dllm_rl.models.loading import load
 from dllm_rl.models.probe import probe
 from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
+
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
 
 class Policy:
@@ -56,9 +59,8 @@ class Policy:
         self._head_rows: Tensor | None = None
         self._hidden: list[Tensor] | None = None
         network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
-        for module in network.modules():
-            if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-                module.training = True  # it checkpoints only then; what is inside it stays in evaluation mode
+        self._checkpointed = [module for module in network.modules()
+                              if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
         network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
         probe(self)
 
@@ -70,6 +72,12 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def end_ids(self) -> list[int]:
+        """EOS, and the ends of a turn that the tokenizer knows."""
+        known, names = self.tokenizer.get_vocab(), (self.rules.turn_end, *END_OF_TURN)
+        return list(dict.fromkeys([self.eos_id, *(known[name] for name in names if name in known)]))
 
     def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """The one forward pass.
@@ -84,7 +92,10 @@ class Policy:
         Returns:
             [K, V] logits in the network's precision, rows in row-major order of `positions`.
         """
-        logits = self._forward(prompts, canvas, positions)
+        return self.without_mask(self._forward(prompts, canvas, positions))
+
+    def without_mask(self, logits: Tensor) -> Tensor:
+        """The logits [K, V] with -inf for the mask token."""
         return logits.index_fill(-1, torch.tensor([self.mask_id], device=logits.device), -torch.inf)
 
     def hidden(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
@@ -100,14 +111,26 @@ class Policy:
     def _forward(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         ids = torch.cat([prompts.ids, canvas], dim=1)
         attention = attention_inputs(prompts.mask, positions.shape[1], self.rules.block_length, self.network)
-        rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
-        # The first position of a completion is then read from the last token of its prompt.
-        self._head_rows = torch.cat([rows[:, 1:], torch.zeros_like(rows[:, :1])], dim=1) if self.rules.logit_shift else rows
+        # With a shift the first position of a completion is read from the last token of its prompt.
+        rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1).roll(-self.rules.logit_shift, dims=1)
+        return self.run(rows, input_ids=ids, use_cache=False, **attention)
+
+    def run(self, head_rows: Tensor, **inputs: Any) -> Tensor:
+        """[K, V]: the network's own output for the K True entries of `head_rows`, a bool of the shape of its input ids."""
+        for layer in self._checkpointed:
+            # It checkpoints only then, and would pass a cache over; what is inside it stays in evaluation mode.
+            layer.training = torch.is_grad_enabled()
+        self._head_rows = head_rows
         try:
-            logits: Tensor = self.network(input_ids=ids, use_cache=False, **attention).logits
+            logits: Tensor = self.network(**inputs).logits
         finally:
             self._head_rows = None
         return logits
+
+    def cache(self, prompts: PromptBatch, length: int, *, exact: bool) -> KeyValueCache:
+        """An empty cache for completions of `length` tokens, for samplers (`sampler.cache`)."""
+        block, shift = self.rules.block_length, self.rules.logit_shift
+        return KeyValueCache(self, prompts, length, exact=exact, attention_block=block, shift=shift)
 
     def _keep_rows(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._head_rows is None:
@@ -123,10 +146,12 @@ class Policy:
         # A chat template writes the special tokens itself.
         options = {"add_special_tokens": False} if self.chat else {}
         rows = [self.tokenizer.encode(self.render(prompt), **options) for prompt in prompts]
+        return self.pad_prompts(rows if self.chat else [self.begun(row) for row in rows], sample_ids)
+
+    def begun(self, row: list[int]) -> list[int]:
+        """The tokens of a plain text, with the BOS token in front where the family wants one."""
         bos = self.tokenizer.bos_token_id
-        if self.rules.bos and not self.chat and bos is not None:
-            rows = [row if row[:1] == [bos] else [bos, *row] for row in rows]
-        return self.pad_prompts(rows, sample_ids)
+        return row if not self.rules.bos or bos is None or row[:1] == [bos] else [bos, *row]
 
     def render(self, prompt: str | Prompt) -> str:
         """The text that the model reads: a chat where the tokenizer has a template for one, else the parts in a row.
@@ -185,6 +210,15 @@ class Policy:
         """A copy with memory of its own for what is trained; parameters without gradients never change and are shared."""
         fixed = {id(parameter): parameter for parameter in self.network.parameters() if not parameter.requires_grad}
         return copy.deepcopy(self, fixed)
+
+    def in_dtype(self, dtype: torch.dtype) -> Policy:
+        """A frozen copy whose parameters are in another precision; rotary tables and other buffers keep theirs, weights in
+        four bits are shared."""
+        parameters: dict[int, Any] = {
+            id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+            if parameter.is_floating_point() else parameter for parameter in self.network.parameters()
+        }
+        return copy.deepcopy(self, parameters)  # deepcopy takes what it is given in place of a copy of its own
 
     def freeze(self) -> Policy:
         """The policy itself, its parameters without gradients."""

@@ -1,0 +1,66 @@
+"""Every sampler from the command line, and the benchmark that compares them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.test_cli import SMALL, bad, good
+from tests.test_scripts import run
+
+SAMPLERS = {
+    "low_confidence": ("sampler.cfg_scale=0.5", "sampler.suppress_eos_confidence=true"),
+    "random_order": ("sampler.record_logps=true",),
+    "left_to_right": ("sampler.denoising_steps=20", "sampler.top_k=5"),
+    "dream": ("sampler.alg=topk_margin", "sampler.alg_temp=0.1", "sampler.top_p=0.95"),
+    "parallel": ("sampler.threshold=null", "sampler.factor=1.0", "sampler.dtype=bfloat16"),
+    "fast_dllm": ("sampler.block_length=4", "sampler.cache.refresh=2"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sft")
+    good(folder, "sft", "task=sudoku", *SMALL, "run_dir=start")
+    return folder / "start"
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_trains_and_evaluates(tmp_path: Path, start: Path, name: str) -> None:
+    chosen = ("task=sudoku", f"model.path={start}", f"sampler={name}", *SAMPLERS[name])
+    good(tmp_path, "train", *chosen, "trainer.steps=1", "trainer.prompts_per_step=2", "trainer.group_size=4",
+         "trainer.eval_every=0", "likelihood.num_samples=2", "run_dir=run")
+    (metrics,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ("sampler/disagreement" in metrics) == (name in ("parallel", "fast_dllm"))
+    good(tmp_path, "evaluate", *chosen, "evaluation.num_prompts=3", "run_dir=evaluation")
+    samples = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    most = {"low_confidence": 20, "left_to_right": 20, "parallel": 20, "fast_dllm": 20}.get(name, 10)
+    assert len(samples) == 6 and all(1 <= sample["nfe"] <= most for sample in samples)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["sampler=fast"], ["sampler/fast", "dream", "parallel"]),
+    (["sampler.cache.kind=all"], ["sampler.cache.kind=all", "none, prefix, dual, exact"]),
+    (["sampler.cache.kind=exact"], ["sampler.cache.kind=exact", "not causal between blocks"]),
+    (["sampler=parallel", "sampler.factor=1"], ["sampler.factor=1", "null with sampler.threshold"]),
+])
+def test_mistakes_get_one_line(tmp_path: Path, start: Path, arguments: list[str], words: list[str]) -> None:
+    line = bad(tmp_path, "generate", "task=sudoku", f"model.path={start}", *arguments)
+    assert all(word in line for word in words), line
+
+
+def test_the_sampler_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    file, default = tmp_path / "f.json", "sampler=low_confidence (default)"
+    run("bench_sampler", "--tasks", "word_problems", "--hidden-size", "16", "--layers", "1", "--prompts", "4",
+        "--short-steps", "5", "--long-steps", "5", "--length", "64", "--models", str(tmp_path), "--json", str(file),
+        "--only", default, "sampler=fast_dllm")
+    found = json.loads(file.read_text())
+    rows = {row["name"]: row for row in found["configurations"]}
+    assert set(rows) == {"reference: LLaDA's loop", default, "sampler=fast_dllm"}
+    assert rows["reference: LLaDA's loop"]["ratio_to_reference"] == 1
+    # The published loop may write mask tokens, which a network that knows nothing still predicts.
+    assert rows[default]["same_as_reference"] > 0.9
+    assert {"low", "high", "accuracy", "nfe_per_token", "tokens_per_second"} <= rows[default].keys()
+    assert found["tasks"]["word_problems"] == found["configurations"]
