@@ -130,6 +130,7 @@ class MaskedDiffusionLM(LM):
             parameter.data = parameter.data.to(DTYPES[dtype])
         self._device = self.policy.device
         self.tokenizer: Any = self.policy.tokenizer
+        self._chat = False
         self.max_length = int(max_length or getattr(self.policy.network.config, "max_position_embeddings", None) or 2048)
 
     # Questions ----------------------------------------------------------------------------------------------------
@@ -185,6 +186,7 @@ class MaskedDiffusionLM(LM):
         """The chat as the tokenizer's template lays it out; without a generation prompt the last message stays open."""
         if self.tokenizer.chat_template is None:
             raise UserError(f"apply_chat_template: the tokenizer of path={self.path} has no chat template")
+        self._chat = True
         return str(self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
@@ -211,10 +213,10 @@ class MaskedDiffusionLM(LM):
     # From text to tokens -------------------------------------------------------------------------------------------
 
     def _encode(self, text: str) -> list[int]:
-        """A chat template has already written the BOS token, where there is one."""
+        """A chat template has already written the BOS token, where there is one; a plain text begins as in training."""
         begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=not begun)
-        return tokens
+        return tokens if self._chat else self.policy.begun(tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of both together, split where the context ends; its trailing white space goes with the continuation.
@@ -303,9 +305,10 @@ class MaskedDiffusionLM(LM):
         return [self._read(row[: job.max_tokens], job.until) for row, job in zip(ids, jobs, strict=True)]
 
     def _read(self, row: list[int], until: Sequence[str]) -> str:
-        """The text before the first EOS or stop string. Stop strings may name special tokens, which no text shows."""
+        """The text before the first EOS, end of a turn or stop string. Stop strings may name special tokens, which no text
+        shows."""
         special = self.tokenizer.get_added_vocab()
-        ends = {self.policy.eos_id, *(special[stop] for stop in until if stop in special)}
+        ends = {self.policy.eos_id, self.policy.turn_end_id, *(special[stop] for stop in until if stop in special)}
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
         text = str(self.tokenizer.decode(row[:end], skip_special_tokens=True))
         return text[: min((text.index(stop) for stop in until if stop and stop in text), default=len(text))]

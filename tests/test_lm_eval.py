@@ -24,6 +24,7 @@ from dllm_rl.diffusion.enumeration import Enumeration
 from dllm_rl.diffusion.sampler import LowConfidence, reproduces
 from dllm_rl.errors import UserError
 from dllm_rl.lm_eval_model import ESTIMATORS, MaskedDiffusionLM
+from dllm_rl.models.families import Rules
 from dllm_rl.models.policy import Policy
 from dllm_rl.types import PromptBatch
 from tests.conftest import make_policy
@@ -238,6 +239,20 @@ def test_a_beginning_token_is_there_once(tmp_path: Path) -> None:
     assert lm._encode_pair("[UNK]a", "b") == ([bos, ab[0]], ab[1:])
     value = ask(lm, "loglikelihood_rolling", ("ab",))[0]
     assert value == pytest.approx(enumerated(lm.policy, [bos], ab), abs=1e-6)
+
+
+def test_texts_begin_and_end_as_the_family_says(tmp_path: Path) -> None:
+    policy = make_policy(torch.float32)
+    policy.tokenizer.bos_token, policy.tokenizer.chat_template = "[UNK]", "{{ messages[0]['content'] }}"
+    policy.save(tmp_path)
+    lm = MaskedDiffusionLM(str(tmp_path), device="cpu")
+    plain, bos = lm._encode("ab"), lm.tokenizer.bos_token_id
+    lm.policy.rules, lm.policy.turn_end_id, lm.policy.chat = Rules(bos=True), plain[1], False
+    assert lm._encode("ab") == lm.policy.encode_prompts(["ab"], torch.zeros(1)).ids[0].tolist() == [bos, *plain]
+    assert lm._encode_pair("", "ab") == ([bos], plain)
+    assert lm._read(plain, []) == "a"
+    lm.apply_chat_template([{"role": "user", "content": "ab"}])
+    assert lm._encode("ab") == plain
 
 
 def test_chat_templates_are_the_tokenizers(tmp_path: Path, make: Callable[..., MaskedDiffusionLM]) -> None:
