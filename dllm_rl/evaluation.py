@@ -224,8 +224,7 @@ def summarised(samples: Sequence[Sample], config: EvaluationConfig) -> Evaluatio
 
 
 def metrics_by_prompt(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Metric → prompt id → mean over the completions of the prompt. A share of right answers that is the reward is left
-    out."""
+    """Metric → prompt id → mean over the completions of the prompt: the reward, the share of right answers, the parts."""
     columns: dict[str, dict[str, list[float]]] = {"reward": {}, "correct": {}}
     for sample in samples:
         named = {"reward": sample.value, "correct": float(sample.verdict == "correct"), **sample.parts}
@@ -233,13 +232,14 @@ def metrics_by_prompt(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
             columns.setdefault(name, {}).setdefault(sample.id, []).append(value)
     means = {name: {prompt: sum(values) / len(values) for prompt, values in column.items()}
              for name, column in columns.items()}
-    if means["correct"] == means["reward"]:
-        del means["correct"]
     return means
 
 
 def _estimates(mode: str, samples: Sequence[Sample]) -> list[Estimate]:
-    return [Estimate(f"{mode}/{name}", len(means), *_interval(means)) for name, means in metrics_by_prompt(samples).items()]
+    columns = metrics_by_prompt(samples)
+    if columns["correct"] == columns["reward"]:  # it would say the same twice
+        del columns["correct"]
+    return [Estimate(f"{mode}/{name}", len(means), *_interval(means)) for name, means in columns.items()]
 
 
 def _interval(means: dict[str, float]) -> Interval:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_rl.evaluation import Evaluation, Sample
-from dllm_rl.tracking import complete, replace_text
+from dllm_rl.tracking import complete, lines_of, replace_text
 
 Results = Mapping[str, Mapping[str, Any]]
 """The content of results.json: by task, what `Evaluation.summary` gives, `protocol`, and with a baseline `baseline` and
@@ -32,7 +32,7 @@ class SampleLog:
         """The completions of a policy on a task so far. Half a line at the end is dropped."""
         if not self._path.exists():
             return []
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = lines_of(self._path.read_text(encoding="utf-8"))
         if lines and not complete(lines[-1]):
             replace_text(self._path, "".join(lines[:-1]))
             del lines[-1]
@@ -44,7 +44,7 @@ class SampleLog:
         """Writes the completions of a policy on a task anew, in the order of the prompts."""
         others = []
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            lines = lines_of(self._path.read_text(encoding="utf-8"))
             others = [line for line in lines if _owner(line) != (task, of)]
         replace_text(self._path, "".join([*others, *(_line(task, of, sample) for sample in samples)]))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -81,7 +82,7 @@ class RunFolder:
 
     def read(self, file: str) -> list[dict[str, Any]]:
         path = self.path / file
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [json.loads(line) for line in lines_of(path.read_text(encoding="utf-8"))] if path.exists() else []
 
     def _clear(self) -> None:
         for name in LOGS:
@@ -94,7 +95,7 @@ class RunFolder:
         for name in LOGS:
             path = self.path / name
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                lines = lines_of(path.read_text(encoding="utf-8"))
                 replace_text(path, "".join(line for line in lines if complete(line) and json.loads(line)["step"] <= steps))
 
     def plot(self) -> Path:
@@ -177,6 +178,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
         grid.add_row(*row)
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(grid)  # a log file has no width to fit
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines with their ends. Unlike `splitlines`, only a line feed ends one: JSON may hold other separators."""
+    return list(io.StringIO(text, newline="\n"))
 
 
 def complete(line: str) -> bool:

@@ -223,6 +223,25 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, start: Path, monkeypa
         tmp_path, *arguments, "run_dir=cut", "seed=1")
 
 
+def test_samples_of_other_questions_are_not_used(tmp_path: Path, start: Path) -> None:
+    data = tmp_path / "puzzles.csv"
+    arguments = ("evaluate", "task=sudoku", "task.data=puzzles.csv", f"model.path={start}", "run_dir=e")
+    data.write_text("Puzzle\n0234341221434321\n1034341221434321\n")
+    good(tmp_path, *arguments)
+    data.write_text("Puzzle\n0234341221434321\n1204341221434321\n")
+    again = module(tmp_path, "cli", *arguments)  # this process remembers the file
+    assert "2 of 4 completions are there" in again.stdout, again.stderr
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "e/samples.jsonl").read_text().splitlines()]
+    assert len(prompts) == 4 and not any(prompt.startswith("1034") for prompt in prompts)
+
+
+def test_mistakes_in_a_list_of_tasks_and_in_a_baseline_are_one_line(tmp_path: Path, start: Path) -> None:
+    arguments = ("evaluate", f"model.path={start}", "evaluation.num_prompts=2")
+    assert "nosuch" in bad(tmp_path, *arguments, "task=sudoku,nosuch")
+    assert "error: baseline=/nonexistent: no such folder" in bad(tmp_path, *arguments, "baseline=/nonexistent")
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_the_protocol_is_chosen_with_one_word(tmp_path: Path, start: Path) -> None:
     assert "task.protocol=nonsense: must be" in bad(
         tmp_path, "evaluate", "task=sudoku", f"model.path={start}", "protocol=nonsense")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import UserError
 from dllm_rl.experience import Failures, Rollouts, collect
-from dllm_rl.models.composed_reward import ComposedReward, LengthPenalty
+from dllm_rl.models.composed_reward import ComposedGrader, ComposedReward, LengthPenalty
 from dllm_rl.models.tiny import build_tokenizer
 from dllm_rl.task import Prompt, Reward, Split, Task
 from tests.conftest import make_policy
@@ -69,6 +70,12 @@ def test_not_answering_is_never_better_than_a_wrong_answer(kind: str) -> None:
     nothing, *wrong = graded(config, "", "x", "a" * 10, "NO", "A" * 10)
     assert nothing.verdict == "no_answer"
     assert all(nothing.value <= reward.value for reward in wrong)
+
+
+def test_running_out_of_time_is_not_paid_for_its_parts() -> None:
+    config = ComposedReward(weights={"task": 1.0, "style": 0.5})
+    late = ComposedGrader(config, SimpleNamespace(score_batch=lambda *_: [Reward(0.0, "timeout", {"style": 0.8})]), 10, None)
+    assert late.score_batch([], ["x"])[0].value == 0.0
 
 
 def test_the_learned_reward_is_a_part(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from dllm_rl.diffusion.sampler import LowConfidence
 from dllm_rl.errors import UserError
 from dllm_rl.evaluation import EvaluationConfig, Sample, compared, evaluate, regraded, summarised
+from dllm_rl.evaluation_report import SampleLog
 from dllm_rl.task import Prompt, Reward, Split, Task
+from dllm_rl.tracking import RunFolder
 from tests.conftest import make_policy
 
 
@@ -110,3 +113,21 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError, match=message):
         EvaluationConfig(**settings)
     assert EvaluationConfig(samples=6).ks == [1, 2, 4]
+
+
+def test_a_share_of_right_answers_is_compared_even_where_the_baseline_has_none() -> None:
+    config = EvaluationConfig(samples=0)
+    ours = summarised([sample("greedy", "a", 0, 1.0), sample("greedy", "b", 0, 0.5)], config)
+    theirs = summarised([sample("greedy", "a", 0, 0.0), sample("greedy", "b", 0, 0.0)], config)
+    assert compared(ours, theirs)["greedy/correct"]["delta"] == 0.5
+
+
+def test_samples_survive_every_line_separator(tmp_path: Path) -> None:
+    log, odd = SampleLog(tmp_path), replace(sample("greedy", "a", 0, 1.0), completion="a\u2028b\u0085c\u2029\x0bd")
+    log.append("task", "model", [odd])
+    log.replace("task", "model", log.read("task", "model"))
+    assert log.read("task", "model") == [odd]
+    folder = RunFolder.open(tmp_path / "run", {}, from_step=0)
+    folder.log("rollouts.jsonl", [{"step": 1, "completion": odd.completion}])
+    folder = RunFolder.open(tmp_path / "run", {}, from_step=1)
+    assert folder.read("rollouts.jsonl") == [{"step": 1, "completion": odd.completion}]

@@ -266,3 +266,25 @@ def test_no_code_of_an_answer_is_run(tmp_path: Path) -> None:
         for gold in ("18", "3\\sqrt{13}"):
             assert Math().score(Prompt("test/0", "", {"answer": gold}), f"\\boxed{{{code}}}").value == 0.0
     assert not victim.exists()
+
+
+@pytest.mark.parametrize("answer", [
+    "-(18)", "negative 18", "$18k", "18 M", "sqrt(18)", "log 18", "18*x", "18x", "18 - x", "twice 18", "double 18",
+    "one less than 18", "18 or nothing", "5 = 18", "x=5 or x=18", "18 thousands",
+])
+def test_an_answer_that_only_holds_the_number_is_not_it(answer: str) -> None:
+    prompt = Prompt("test/0", "", {"answer": "18"})
+    assert GSM8K().score(prompt, f"<answer>{answer}</answer>").value == 0.0
+    assert GSM8K().score(prompt, f"So \\boxed{{{answer}}}").value == 0.0
+
+
+@pytest.mark.parametrize("answer", [
+    "`18`", "≈ 18", "**18**", "18 more eggs", "x = 18", "9 * 2 = 18", "$18.00", "18 twenty-dollar bills",
+])
+def test_an_answer_among_words_is_read(answer: str) -> None:
+    assert GSM8K().score(Prompt("test/0", "", {"answer": "18"}), f"<answer>{answer}</answer>").value == 1.0
+
+
+@pytest.mark.parametrize("answer", ["6 dozens", "6 thousands", "6 less than ten", "6 \\text{ or more}"])
+def test_words_that_change_a_number_make_it_wrong(answer: str) -> None:
+    assert Math().score(Prompt("test/0", "", {"answer": "6"}), f"\\boxed{{{answer}}}").value == 0.0

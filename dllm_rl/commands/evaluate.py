@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
 from dllm_rl.commands import common
 from dllm_rl.config import register
+from dllm_rl.errors import UserError
 from dllm_rl.evaluation import Evaluation, Sample, compared, evaluate, regraded
 from dllm_rl.evaluation_report import HEADERS, PAIRED_HEADERS, SampleLog, entry, rows, verdict_lines, write_results
 from dllm_rl.models.policy import Policy
@@ -42,7 +45,7 @@ def split_tasks(arguments: Sequence[str]) -> tuple[list[str], TaskList]:
     `TaskList(["a", "b"], {"a": [], "b": ["task.data=x"]})`.
     """
     chosen = [argument for argument in arguments if argument.startswith("task=")]
-    names = chosen[-1].partition("=")[2].strip("[]").split(",") if chosen else []
+    names = [name for name in chosen[-1].partition("=")[2].strip("[]").split(",") if name] if chosen else []
     if len(names) < 2 or {"-m", "--multirun"} & {*arguments}:
         return list(arguments), TaskList(names, {})
     own: dict[str, list[str]] = {name: [] for name in names}
@@ -70,7 +73,7 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
 
     paths = {"model": resolve_model_path(settings["model"].path)}
     if settings["baseline"]:
-        paths["baseline"] = resolve_model_path(settings["baseline"])
+        paths["baseline"] = resolve_model_path(settings["baseline"], "baseline")
     record = common.plain(config) | {
         "task": {name: common.plain(configs[name])["task"] for name in names},
         "weights": {of: weights_digest(path) for of, path in paths.items()},
@@ -78,7 +81,7 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     label = Path(settings["model"].path).expanduser().resolve().name
     folder = common.run_directory("evaluate", settings, ("task",), ["+".join(names), label])
     RunFolder.claim(folder, settings["resume"], record)
-    policies = {of: _policy(settings, path) for of, path in paths.items()}
+    policies = {of: _policy(settings, path, of) for of, path in paths.items()}
     RunFolder.open(folder, record, from_step=0)
     log = SampleLog(folder)
     if settings["resume"] == "overwrite":
@@ -105,11 +108,17 @@ def _composed(name: str, tasks: TaskList) -> DictConfig:
     """The configuration for another task of the list: what was given for all of them, and what for it."""
     first, *_ = tasks.names
     given = [item for item in HydraConfig.get().overrides.task if item not in (f"task={first}", *tasks.own[first])]
-    return compose("evaluate", overrides=[*given, f"task={name}", *tasks.own[name]])
+    try:
+        return compose("evaluate", overrides=[*given, f"task={name}", *tasks.own[name]])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(common.explain(error)) from None
 
 
-def _policy(settings: common.Settings, path: str) -> Policy:
-    policy = common.build_policy({**settings, "model": replace(settings["model"], path=path)})
+def _policy(settings: common.Settings, path: str, of: str) -> Policy:
+    try:
+        policy = common.build_policy({**settings, "model": replace(settings["model"], path=path)})
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "baseline=") if of == "baseline" else str(error)) from None
     policy.network.to(common.accelerator_for_one_process().device)
     return policy
 
@@ -117,8 +126,10 @@ def _policy(settings: common.Settings, path: str) -> Policy:
 def _evaluated(policy: Policy, name: str, of: str, job: common.Settings, log: SampleLog) -> Evaluation:
     """One policy on one task, from where an interrupted evaluation stopped."""
     task, config = job["task"], job["evaluation"]
-    earlier = log.read(name, of)
-    prompts = len(task.prompts("test")[: config.num_prompts])
+    asked = {prompt.id: policy.render(prompt) for prompt in task.prompts("test")[: config.num_prompts]}
+    # What was sampled for other questions, before the data changed, is of no use.
+    earlier = [sample for sample in log.read(name, of) if asked.get(sample.id) == sample.prompt]
+    prompts = len(asked)
     total = prompts * (int(config.greedy) + config.samples)
     there = f", {len(earlier)} of {total} completions are there" if earlier else ""
     print(f"{name}: {prompts} prompts, protocol {task.protocol}, {of}{there}", flush=True)

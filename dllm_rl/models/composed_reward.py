@@ -4,7 +4,8 @@
     reward=composed reward.weights.task=0.7 +reward.weights.learned=0.3 reward.learned.path=REWARD_MODEL
     reward=composed reward.length.kind=overlong reward.length.coef=0.5 reward.length.free_tokens=192
 
-A completion without an answer never profits: its positive parts do not count and its length penalty is the full one.
+A completion without an answer, or whose answer runs out of time, never profits: its positive parts do not count and its
+length penalty is the full one.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class ComposedGrader:
 
     def _value(self, reward: Reward, parts: Mapping[str, float]) -> float:
         value = sum(weight * parts[name] for name, weight in self._config.weights.items())
-        if reward.verdict == "no_answer":
+        if reward.verdict in ("no_answer", "timeout"):
             return min(0.0, value) - self._config.length.largest
         return value + parts.get("length", 0.0)
 

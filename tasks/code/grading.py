@@ -142,9 +142,11 @@ def reward_of(outcome: Outcome, reward: str) -> Reward:
     """
     verdict = VERDICTS[outcome.status]
     exact, rate = float(verdict == "correct"), sum(outcome.passed) / len(outcome.passed)
+    # Values of programs can hold halves of characters, which no file can.
+    note = outcome.error.encode(errors="replace").decode() if verdict == "infra_error" else ""
     if reward == "all":
-        return Reward(exact, verdict, {"pass_rate": rate})
-    return Reward(rate if verdict in ("correct", "wrong") else 0.0, verdict, {"pass_rate": rate, "exact": exact})
+        return Reward(exact, verdict, {"pass_rate": rate}, note)
+    return Reward(rate if verdict in ("correct", "wrong") else 0.0, verdict, {"pass_rate": rate, "exact": exact}, note)
 
 
 def no_answer(reward: str) -> Reward:

@@ -24,7 +24,8 @@ MAX_DIGITS = 40
 _MINUS = r"(?:(?<![\w)\]}%.])-)?"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = re.compile(rf"({_MINUS})\$?({_MINUS})({_DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+))?")
-_PROSE = re.compile(r"[A-Za-z\s.,:;'$%()*-]*")
+_PROSE = re.compile(r"(?:[A-Za-z\s.,:;'$%]|(?<=[A-Za-z])-(?=[A-Za-z]))*")
+_CHANGED = re.compile(r"[0-9.,] ?[KkM]\b|\bor\b")  # thousands, millions, alternatives
 
 
 def final_answer(text: str) -> Fraction | None:
@@ -43,15 +44,22 @@ def number_of(answer: str) -> Fraction | None:
 
     Example: `number_of("9 \\times 2 = 18 \\text{ eggs}")` is 18, and of `3 or 4` there is none.
     """
-    side = answer.rpartition("=")[2]
+    answer = answer.replace("**", "").replace("`", "").replace("≈", "")
+    *before, side = answer.split("=")
+    if _CHANGED.search(answer):
+        return None
     whole = quantity(cleaned(side)) if len(side) <= MAX_ANSWER else None
     if whole is not None:
-        return whole.value
+        others = [quantity(cleaned(other)) for other in before if len(other) <= MAX_ANSWER]
+        return whole.value if all(other is None or other.value == whole.value for other in others) else None
     found = _numbers(without_text(side))
     if len(found) != 1:
         return None
-    words = found[0].string[:found[0].start()] + " " + found[0].string[found[0].end():]
-    is_prose = _PROSE.fullmatch(words) and NO_UNITS.isdisjoint(words.lower().split())
+    start, end = found[0].string[:found[0].start()], found[0].string[found[0].end():]
+    if start[-1:].isalpha() or end[:1].isalpha():
+        return None
+    words = f"{start} {end}"
+    is_prose = _PROSE.fullmatch(words) and (NO_UNITS | {"negative"}).isdisjoint(words.lower().split())
     return _value(found[0]) if is_prose else None
 
 

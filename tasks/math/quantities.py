@@ -27,9 +27,10 @@ _UNITS = {name: row.split()[0] for row in (
 ) for name in row.split()}
 # Words after a number that change it, or say that it is not the answer.
 NO_UNITS = frozenset((
-    "hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "third", "thirds", "quarter",
-    "quarters", "squared", "cubed", "factorial", "times", "plus", "minus", "over", "under", "to", "not", "no", "is", "isn't",
-    "wrong", "false", "incorrect", "if", "unless", "except",
+    "hundred", "thousand", "million", "billion", "trillion", "dozen", "hundreds", "thousands", "millions", "billions",
+    "trillions", "dozens", "k", "mil", "or", "than", "twice", "double", "triple", "sqrt", "root", "log", "ln", "half",
+    "halves", "third", "thirds", "quarter", "quarters", "squared", "cubed", "factorial", "times", "plus", "minus", "over",
+    "under", "to", "not", "no", "is", "isn't", "wrong", "false", "incorrect", "if", "unless", "except",
 ))
 _CURRENCY = {"\\$": "dollar", "€": "euro", "£": "", "¥": ""}
 _MONEY = re.compile(r"([-+]? ?)(\\\$|€|£|¥) ?")
@@ -115,7 +116,7 @@ def _split_words(text: str) -> tuple[str, str]:
 def _unit(text: str) -> str | None:
     """The one name of a unit, empty if it has none; None for words that are no unit."""
     words = text.lower().replace(".", "").split()
-    if len(words) > 5 or any(word in NO_UNITS or any(map(str.isdigit, word)) for word in words):
+    if len(words) > 5 or "," in text or any(word in NO_UNITS or any(map(str.isdigit, word)) for word in words):
         return None
     if "per" in words or "/" in text:
         return ""
