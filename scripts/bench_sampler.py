@@ -183,7 +183,7 @@ def trained_policy(name: str, options: argparse.Namespace) -> Policy:
     stages = ((short, [f"model.hidden_size={options.hidden_size}", f"model.num_layers={options.layers}",
                        f"supervised.steps={options.short_steps}"]),
               (long, [f"model.path={short}", f"task.completion_length={options.length}", "supervised.batch_size=16",
-                      f"supervised.steps={options.long_steps}", "optimizer.lr=1e-3"]))
+                      f"supervised.steps={options.long_steps}", "optimizer.lr=2e-3"]))
     for folder, settings in stages:
         if not (folder / "checkpoints").exists():
             command = [sys.executable, "-m", "dllm_rl.cli", "sft", f"task={name}", f"run_dir={folder}", *settings]
@@ -234,7 +234,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     options_of = parser(__doc__, {"hidden_size": 64, "layers": 3, "prompts": 64, "batch": 32, "prompt_length": 32,
-                                  "length": 256, "repeats": 1, "short_steps": 800, "long_steps": 1500})
+                                  "length": 256, "repeats": 1, "short_steps": 800, "long_steps": 1000})
     options_of.add_argument("--shape", choices=("tiny", "llada_8b"), default="tiny")
     options_of.add_argument("--temperature", type=float, default=0.0)
     options_of.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
