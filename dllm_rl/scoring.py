@@ -113,13 +113,7 @@ class Recorder:
         """Log-probabilities of a chunk, [C, L], with a graph if autograd is on; their values are recorded."""
         self.note(chunk)
 
-        def look(logits: Tensor) -> None:
-            if self._top_k:
-                self._keep_support(chunk, logits)
-            if self._kind:
-                self._measure(chunk, logits)
-
-        logps = masked_forward(policy, chunk, self._read, look)
+        logps = masked_forward(policy, chunk, self._read, self._look(chunk) if self._top_k or self._kind else None)
         if chunk.corruption.scored.any():
             if self._logps is None:
                 self._logps = logps.new_zeros(self._scored.shape)
@@ -130,34 +124,45 @@ class Recorder:
         logps = torch.zeros_like(self._scored, dtype=torch.float64) if self._logps is None else self._logps
         return Scores(logps, self._scored, self._weights, self._mask_ratio, self._region, self._support, self._divergence)
 
-    def _keep_support(self, chunk: Chunk, logits: Tensor) -> None:
-        scored = chunk.corruption.scored
-        ids, logps = divergences.top_k_support(logits, chunk.completions.ids[scored], self._top_k)
+    def _look(self, chunk: Chunk) -> Look:
+        """Takes what is needed of the logits of a chunk, some of its scored tokens at a time."""
+        places, targets = _places(chunk), chunk.completions.ids[chunk.corruption.scored]
+        exact = self._exact_old_logits(chunk) if self._kind and self._kind.startswith("exact") else None
+
+        def look(logits: Tensor, part: slice) -> None:
+            where = tuple(index[part] for index in places)
+            if self._top_k:
+                self._keep_support(where, logits, targets[part])
+            if self._kind:
+                self._measure(where, logits, None if exact is None else exact[part])
+
+        return look
+
+    def _keep_support(self, where: tuple[Tensor, ...], logits: Tensor, targets: Tensor) -> None:
+        ids, logps = divergences.top_k_support(logits, targets, self._top_k)
         if self._support is None:
             shape = (*self._scored.shape, ids.shape[-1])
             self._support = Support(ids.new_full(shape, -1), logps.new_zeros(shape))
-        rows, sample, position = _places(chunk)
-        self._support.ids[rows, sample, position] = ids
-        self._support.logps[rows, sample, position] = logps
+        self._support.ids[where] = ids
+        self._support.logps[where] = logps
 
-    def _measure(self, chunk: Chunk, logits: Tensor) -> None:
+    def _exact_old_logits(self, chunk: Chunk) -> Tensor:
+        assert self._old is not None and self._old.policy is not None, "exact divergences need the policy that sampled"
+        with torch.no_grad():
+            return scored_logits(self._old.policy, chunk.completions, chunk.corruption)
+
+    def _measure(self, where: tuple[Tensor, ...], logits: Tensor, old_logits: Tensor | None) -> None:
         assert self._kind is not None and self._old is not None
-        family, measure = self._kind.split("_")
-        rows, sample, position = _places(chunk)
-        if family == "topk":
+        measure = self._kind.split("_")[1]
+        if old_logits is not None:
+            values = divergences.exact(measure, logits, old_logits)
+        else:
             kept = self._old.scores.support
             assert kept is not None, "the first update keeps the support of the later ones"
-            support = Support(kept.ids[rows, sample, position], kept.logps[rows, sample, position])
-            values = divergences.top_k(measure, logits, support)
-        else:
-            assert self._old.policy is not None, "exact divergences need the policy that sampled"
-            with torch.no_grad():
-                values = divergences.exact(
-                    measure, logits, scored_logits(self._old.policy, chunk.completions, chunk.corruption)
-                )
+            values = divergences.top_k(measure, logits, Support(kept.ids[where], kept.logps[where]))
         if self._divergence is None:
             self._divergence = values.new_zeros(self._scored.shape)
-        self._divergence[rows, sample, position] = values
+        self._divergence[where] = values
 
 
 def masked_forward(policy: Reader, chunk: Chunk, read: Read = token_logps, look: Look | None = None) -> Tensor:

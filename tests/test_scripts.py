@@ -117,3 +117,16 @@ def test_a_table_row_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_intervals_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     mean, half = compare(monkeypatch).interval([0.2, 0.4, 0.6])
     assert (mean, half) == (pytest.approx(0.4), pytest.approx(4.303 * 0.2 / 3**0.5))
+
+
+@pytest.mark.heavy
+def test_the_likelihood_benchmark_compares_gradients_and_memory(tmp_path: Path) -> None:
+    run("bench_likelihood", "--hidden-size", "128", "--layers", "1", "--sequences", "2", "--prompt-length", "64",
+        "--length", "256", "--micro-samples", "2", "--repeats", "1", "--chunk", str(2**22),
+        "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["everywhere", "completion", "masked", "chunked"]
+    assert all(row["grad_error"] < 1e-5 and row["seconds"] > 0 for row in figures.values())
+    if sys.platform == "linux":
+        assert figures["chunked"]["peak_bytes"] < 0.3 * figures["everywhere"]["peak_bytes"]
+        assert figures["masked"]["peak_bytes"] < figures["everywhere"]["peak_bytes"]

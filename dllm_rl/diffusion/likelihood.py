@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_rl.types import Completions, Corruption, PromptBatch
+
+Look = Callable[[Tensor, slice], None]
+"""Is shown the logits of some of the K rows, and which they are."""
 
 
 class Reader(Protocol):
@@ -30,6 +33,16 @@ class Denoiser(Reader, Protocol):
         """[K, V] float logits at the K True entries of `positions` [B, L], in row-major order."""
 
 
+@runtime_checkable
+class Scorer(Denoiser, Protocol):
+    """A model that gives log-probabilities without the logits of all rows at once."""
+
+    def logps(
+        self, prompts: PromptBatch, canvas: Tensor, positions: Tensor, targets: Tensor, look: Look | None = None
+    ) -> Tensor:
+        """[K] log-probabilities, float32 or wider, of `targets` [K] where `logits` has its rows."""
+
+
 class Valuer(Reader, Protocol):
     """What this library needs of a critic; `dllm_rl.models.value_head.ValueModel` is one."""
 
@@ -37,7 +50,6 @@ class Valuer(Reader, Protocol):
         """[K] values at the K True entries of `positions` [B, L], in row-major order."""
 
 
-Look = Callable[[Tensor], None]
 Read = Callable[[Any, Completions, Corruption, Look | None], Tensor]
 """(reader, completions, corruption, look) -> [B, L]: one number per scored position, 0 elsewhere."""
 
@@ -54,13 +66,17 @@ def token_logps(
 ) -> Tensor:
     """log p(y_i | corrupted y, x) at the scored positions, 0 elsewhere: [B, L] float32 (float64 for a float64 model).
 
-    `look` is shown the detached [K, V] logits, for figures that need the whole distribution.
+    `look` is shown the detached logits, for figures that need the whole distribution.
     """
     scored = corruption.scored
+    targets = completions.ids[scored]
+    if isinstance(policy, Scorer):
+        prompts = replace(completions.prompts, ids=corruption.prompt)
+        return _spread(policy.logps(prompts, corruption.canvas, scored, targets, look), scored)
     logits = scored_logits(policy, completions, corruption)
     if look is not None:
-        look(logits.detach())
-    return _spread(-F.cross_entropy(logits, completions.ids[scored], reduction="none"), scored)
+        look(logits.detach(), slice(0, len(logits)))
+    return _spread(-F.cross_entropy(logits, targets, reduction="none"), scored)
 
 
 def token_values(critic: Valuer, completions: Completions, corruption: Corruption, look: Look | None = None) -> Tensor:

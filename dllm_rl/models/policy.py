@@ -8,23 +8,26 @@ keeps those rows, so the head module itself is still called and wrappers around 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dllm_rl.diffusion.likelihood import Look
 from dllm_rl.errors import UserError
 from dllm_rl.models import adapter
 from dllm_rl.models.attention import attention_inputs
 from dllm_rl.models.families import rules_of
 from dllm_rl.models.kv_cache import KeyValueCache
+from dllm_rl.models.linear_logps import linear_logps
 from dllm_rl.models.loading import load
-from dllm_rl.models.probe import probe
+from dllm_rl.models.probe import linear_head, probe
 from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 
@@ -57,12 +60,16 @@ class Policy:
         self.chat = tokenizer.chat_template is not None
         """Whether prompts are laid out by the tokenizer's chat template."""
         self._head_rows: Tensor | None = None
-        self._hidden: list[Tensor] | None = None
+        self._kept: Tensor | None = None
+        self._reads: Callable[[Tensor, Any], Tensor] | None = None
         network.eval()  # no dropout: the log-probabilities of a corruption are a function of the weights alone
         self._checkpointed = [module for module in network.modules()
                               if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
-        network.get_output_embeddings().register_forward_pre_hook(self._keep_rows)
+        head = network.get_output_embeddings()
+        head.register_forward_pre_hook(self._keep_rows)
+        head.register_forward_hook(self._read_rows)
         probe(self)
+        self._linear = linear_head(self)
 
     @property
     def adapted(self) -> bool:
@@ -100,20 +107,47 @@ class Policy:
 
     def hidden(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """What the output head would read, [K, H], for the arguments of `logits`; the head itself is given no rows."""
-        self._hidden = []
-        try:
-            self._forward(prompts, canvas, positions)
-            (rows,) = self._hidden
-        finally:
-            self._hidden = None
-        return rows
+        found: list[Tensor] = []
 
-    def _forward(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+        def keep(rows: Tensor, _head: Any) -> Tensor:
+            found.append(rows)
+            return rows[:0]
+
+        self._forward(prompts, canvas, positions, keep)
+        return found[0]
+
+    def logps(
+        self, prompts: PromptBatch, canvas: Tensor, positions: Tensor, targets: Tensor, look: Look | None = None
+    ) -> Tensor:
+        """Log-probabilities of `targets` [K] int64 at the positions of `logits`, [K] in float32 or wider.
+
+        The logits of all rows never exist together where they are large (`linear_logps`), unless the network changes what
+        its output head gives (softcapping). `look` is shown them, chunk by chunk.
+        """
+        if not self._linear:
+            logits = self.logits(prompts, canvas, positions)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            if look is not None:
+                look(logits.detach(), slice(0, len(logits)))
+            return -F.cross_entropy(logits, targets, reduction="none")
+        return self._forward(
+            prompts, canvas, positions,
+            lambda rows, head: linear_logps(rows, head.weight, head.bias, targets, self.mask_id, look),
+        )
+
+    def _forward(
+        self, prompts: PromptBatch, canvas: Tensor, positions: Tensor, reads: Callable[[Tensor, Any], Tensor] | None = None
+    ) -> Tensor:
+        """The network's output; with `reads`, which gets the rows [K, H] and the head, what that makes of them."""
         ids = torch.cat([prompts.ids, canvas], dim=1)
         attention = attention_inputs(prompts.mask, positions.shape[1], self.rules.block_length, self.network)
         # With a shift the first position of a completion is read from the last token of its prompt.
         rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1).roll(-self.rules.logit_shift, dims=1)
-        return self.run(rows, input_ids=ids, use_cache=False, **attention)
+        self._reads = reads
+        try:
+            return self.run(rows, input_ids=ids, use_cache=False, **attention)
+        finally:
+            self._reads = None
 
     def run(self, head_rows: Tensor, **inputs: Any) -> Tensor:
         """[K, V]: the network's own output for the K True entries of `head_rows`, a bool of the shape of its input ids."""
@@ -135,11 +169,13 @@ class Policy:
     def _keep_rows(self, _head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._head_rows is None:
             return None
-        rows = inputs[0][self._head_rows]
-        if self._hidden is not None:
-            self._hidden.append(rows)
-            rows = rows[:0]
-        return (rows, *inputs[1:])
+        self._kept = inputs[0][self._head_rows]
+        return (self._kept if self._reads is None else self._kept[:0], *inputs[1:])
+
+    def _read_rows(self, head: torch.nn.Module, _inputs: tuple[Tensor, ...], _output: Tensor) -> Tensor | None:
+        # Inside the call of the head: wrappers that gather its weights (ZeRO-3) have done so, and see its gradient.
+        kept, self._kept = self._kept, None
+        return None if self._reads is None or kept is None else self._reads(kept, head)
 
     def encode_prompts(self, prompts: Sequence[str | Prompt], sample_ids: Tensor) -> PromptBatch:
         """Renders, tokenizes and left-pads B prompts onto the policy's device. `sample_ids` is [B]."""
@@ -259,6 +295,13 @@ class WithoutAdapter:
         """See `Policy.logits`; there is no gradient."""
         with torch.no_grad(), self.policy.network.disable_adapter():
             return self.policy.logits(prompts, canvas, positions)
+
+    def logps(
+        self, prompts: PromptBatch, canvas: Tensor, positions: Tensor, targets: Tensor, look: Look | None = None
+    ) -> Tensor:
+        """See `Policy.logps`; there is no gradient."""
+        with torch.no_grad(), self.policy.network.disable_adapter():
+            return self.policy.logps(prompts, canvas, positions, targets, look)
 
 
 def load_policy(path: str, key: str = "model.path") -> Policy:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm_rl.errors import UserError
 from dllm_rl.types import PromptBatch
@@ -54,3 +54,16 @@ def probe(policy: Policy) -> None:
         raise UserError(f"{name} sees later blocks although its attention is causal between blocks of {block} tokens")
     if not unchanged(0, in_prompt=True):
         raise UserError(f"{name} ignores the attention mask: padding changes its logits")
+
+
+@torch.no_grad()
+def linear_head(policy: Policy) -> bool:
+    """Whether the network's logits are its output head's, bit by bit: some models scale or cap them afterwards."""
+    head = policy.network.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    plain = torch.tensor([[policy.eos_id] * 4])
+    batch = PromptBatch(plain, torch.ones_like(plain, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)).to(policy.device)
+    where = torch.ones_like(batch.mask)
+    logits = policy.logits(batch, batch.ids, where)
+    return torch.equal(logits, policy.without_mask(head(policy.hidden(batch, batch.ids, where))))
