@@ -2,7 +2,7 @@
 but the random numbers.
 
 LLaDA: arXiv 2502.09992, algorithm 5, and generate.py. Dream: arXiv 2508.15487 and generation_utils.py. Fast-dLLM: arXiv
-2505.22618 and llada/generate.py.
+2505.22618 and llada/generate.py. SDAR: arXiv 2510.06303 and generate.py.
 """
 
 from __future__ import annotations
@@ -206,4 +206,37 @@ def fast_dllm(
             take = min(max(1, take), most or len(best))
             one.write({place: token for _, place, token in best[:take]})
             now, since = now + 1, since + 1
+    return one
+
+
+@torch.no_grad()
+def sdar(one: Naive, block: int, steps: int, threshold: float | None = None) -> Naive:
+    """Blocks of prompt and completion together; those that lie in the prompt are done, the first other one holds its end.
+
+    A step writes the share of the schedule, or all that are surer than the threshold if those are more. Two departures: the
+    canvas ends with the completion (there it is filled up to a whole block), and a step writes no more than what is masked
+    (there the rest of its share would overwrite the prompt).
+    """
+    width, now = len(one.prompt), 0
+    ids = one.prompt.tolist()
+    for start in range(width // block * block, width + one.length, block):
+        end = min(start + block, width + one.length)
+        step = 0
+        while one.masked(max(start - width, 0), end - width):
+            row = torch.tensor(ids + one.canvas)[:end]
+            owner = torch.arange(end) // block
+            seen = torch.zeros(end, end, dtype=torch.float64).masked_fill(owner[:, None] < owner[None, :], -1e30)
+            logits = one.policy.network(
+                input_ids=row[None], attention_mask=seen[None, None], position_ids=torch.arange(end)[None], use_cache=False
+            ).logits[0, width:].tolist()
+            numbers = one.numbers(now)
+            found = []
+            for place in one.masked(max(start - width, 0), end - width):
+                token, sure = one.proposal(logits[place], numbers[place], numbers[one.length + place], place)
+                found.append((-sure, place, token))
+            best, take = sorted(found), block // steps + (step < block % steps)
+            if threshold is not None:
+                take = max(take, sum(-minus > threshold for minus, _, _ in best))
+            one.write({place: token for _, place, token in best[:take]})
+            now, step = now + 1, step + 1
     return one

@@ -51,6 +51,16 @@ def test_mistakes_get_one_line(tmp_path: Path, start: Path, arguments: list[str]
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "rollout", "generate"])
+def test_what_a_model_cannot_do_is_refused_before_there_is_a_folder(tmp_path: Path, start: Path, command: str) -> None:
+    """Refusals that need the model: a cache that only attention in blocks allows, blocks that do not tile the completion."""
+    output = {"rollout": ["output=run.jsonl"], "generate": []}.get(command, ["run_dir=run"])
+    for settings, words in ((["sampler.cache.kind=exact"], "sampler.cache.kind=exact: must be none, prefix or dual"),
+                            (["task.completion_length=40"], "sampler.block_length=32: must be a divisor")):
+        line = bad(tmp_path, command, "task=sudoku", f"model.path={start}", *settings, *output)
+        assert words in line and not list(tmp_path.iterdir()), line
+
+
 def test_the_sampler_benchmark_writes_its_figures(tmp_path: Path) -> None:
     file, default = tmp_path / "f.json", "sampler=low_confidence (default)"
     run("bench_sampler", "--tasks", "word_problems", "--hidden-size", "16", "--layers", "1", "--prompts", "4",

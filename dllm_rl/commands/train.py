@@ -46,11 +46,12 @@ def run(settings: common.Settings, config: DictConfig) -> None:
         # What pulls towards the model that training started from needs the very same checkpoint in a continuation.
         record["model"]["path"] = resolve_model_path(record["model"]["path"])
     RunFolder.claim(path, settings["resume"], record, ("model.path",) if uses_reference else ())
-    settings["sampler"].plan(task.completion_length)
+    settings["sampler"].check_length(task.completion_length)
     task.prompts("test")  # bad data end the run before there is a folder
 
     start = common.start(settings, path)
     policy = start.policy
+    settings["sampler"].check_model(policy, task.completion_length)
     source, skipped = make_source(settings, start)
     updates = trainer.steps * trainer.inner_updates
     critic = make_critic(settings, start, updates)

@@ -199,7 +199,8 @@ class Block(Likelihood):
 
     num_samples: int = 2
     region: str = "through_first_eos"
-    block_length: int = 32
+    block_length: int | None = None
+    """null: 32, as most samplers have it."""
     scored: str = "block"
     """block | masked."""
     clean_mask_prob: float = 0.0
@@ -207,15 +208,17 @@ class Block(Likelihood):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.block_length >= 1, "likelihood.block_length", self.block_length, "an integer >= 1")
+        block = self.block_length
+        check(block is None or block >= 1, "likelihood.block_length", block, "an integer >= 1, or null")
         check(self.scored in ("block", "masked"), "likelihood.scored", self.scored, "block or masked")
         check_probability("likelihood.clean_mask_prob", self.clean_mask_prob)
 
     def choose(self, draw: Draw) -> Choice:
         """A random subset of one block, and all later blocks."""
-        blocks = (draw.length - 1) // self.block_length + 1
+        size = self.block_length or 32
+        blocks = (draw.length - 1) // size + 1
         chosen = rearrange((draw.point(draw.sample, self.num_samples) * blocks).long(), "b -> b 1")
-        owner = positions(draw.region) // self.block_length
+        owner = positions(draw.region) // size
         inside = draw.region & (owner == chosen)
         length = inside.sum(1)
         key = draw.key()

@@ -59,17 +59,17 @@ class Dream(Sampler):
     """Dream's sampler: the whole canvas at once, its own schedule and confidences (`sampler=dream`).
 
     Step i writes the share 1 - t_{i+1}/t_i of what is still masked, t linear from 1 to eps. The published code takes the
-    batch's mean number of masked tokens, so that rows influence each other; here every row counts its own. Source: Dream 7B,
-    arXiv 2508.15487, and its generation_utils.py.
+    batch's mean number of masked tokens, so that rows influence each other; here every row counts its own. Where attention
+    goes in blocks, every block has a schedule of its own. Source: Dream 7B, arXiv 2508.15487, and its generation_utils.py.
     """
 
-    block_length: int | None = None
     alg: str = "entropy"
     """origin: random positions | maskgit_plus: the most probable | topk_margin | entropy: the most certain."""
     alg_temp: float = 0.0
     """Above 0, positions are drawn with probabilities softmax(confidence / alg_temp) instead of taken in order."""
     eps: float = 1e-3
     """The time at which the last step begins to end."""
+    own_block = None
     judges_law = True
 
     def __post_init__(self) -> None:
