@@ -28,7 +28,7 @@ def disagreement(policy: Policy, sampler: Sampler, prompts: PromptBatch, length:
     `sampler/disagreement` is the share of the exact text's tokens, its EOS included, that differ; `sampler/changed` the
     share of completions that differ at all. Greedy, because another order of tokens draws other random numbers.
     """
-    fast = replace(sampler, temperature=0.0)
+    fast = replace(sampler, temperature=0.0, record_logps=False)
     found, exact = (one.sample(policy, prompts, length, seed=0, step=0).ids for one in (fast, fast.exact()))
     text = through_first(exact, policy.eos_id)
     differs = (found != exact) & text

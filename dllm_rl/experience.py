@@ -92,13 +92,14 @@ class Rollouts(Experience):
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """The lines of rollouts.jsonl: everything about each completion, with the order of its tokens."""
-        orders = self.completions.unmask_step.tolist()
+        orders, logps = self.completions.unmask_step.tolist(), self.completions.behaviour_logps
         advantages = (self.advantages if self.advantages.dim() == 1 else self.advantages.mean(1)).tolist()
         for index, (prompt, text, reward) in enumerate(zip(self.prompts, self.texts, self.graded, strict=True)):
             yield {
                 "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "completion": text, "reward": reward.value,
                 "verdict": reward.verdict, "parts": dict(reward.parts), "advantage": advantages[index],
                 "unmask_step": orders[index],
+                **({} if logps is None else {"behaviour_logps": [round(value, 6) for value in logps[index].tolist()]}),
             }
 
 

@@ -61,6 +61,26 @@ def test_what_a_model_cannot_do_is_refused_before_there_is_a_folder(tmp_path: Pa
         assert words in line and not list(tmp_path.iterdir()), line
 
 
+TRACE = ("algorithm=agrpo", "likelihood.num_samples=20", "sampler=fast_dllm", "sampler.block_length=4")
+
+
+def test_an_approximate_sampler_records_where_ratios_are_to_it(tmp_path: Path, start: Path) -> None:
+    size = ("trainer.steps=1", "trainer.prompts_per_step=1", "trainer.group_size=2", "trainer.eval_every=0")
+    for name, settings, records in (("run", (), True), ("exact", ("sampler=low_confidence",), False),
+                                    ("slices", ("likelihood.steps_per_slice=2",), False)):
+        good(tmp_path, "train", "task=sudoku", f"model.path={start}", *TRACE, *size, *settings, f"run_dir={name}")
+        assert ('"behaviour_logps": [' in (tmp_path / name / "rollouts.jsonl").read_text()) == records
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["sampler.cfg_scale=1"], "sampler.cfg_scale=1.0: must be 0 with likelihood=trajectory and a sampler that is not exact"),
+    (["objective=dppo_topk_kl"], "objective.divergence=topk_kl: must be binary_tv or binary_kl with likelihood=trajectory"),
+])
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path, start: Path, settings: list[str], words: str) -> None:
+    line = bad(tmp_path, "train", "task=sudoku", f"model.path={start}", *TRACE, *settings, "run_dir=run")
+    assert words in line and not list(tmp_path.iterdir()), line
+
+
 def test_the_sampler_benchmark_writes_its_figures(tmp_path: Path) -> None:
     file, default = tmp_path / "f.json", "sampler=low_confidence (default)"
     run("bench_sampler", "--tasks", "word_problems", "--hidden-size", "16", "--layers", "1", "--prompts", "4",

@@ -91,6 +91,11 @@ class Likelihood(ABC):
         """Consecutive draws that belong together: halves of the samples hold whole units."""
         return self.multiple
 
+    @property
+    def replays(self) -> bool:
+        """Whether every token is scored at the state in which the sampler wrote it."""
+        return False
+
     def region_of(self, ids: Tensor, eos_id: int) -> Tensor:
         """[B, L] bool: the positions of the completions `ids` [B, L] that count."""
         return through_first(ids, eos_id) if self.region == "through_first_eos" else torch.ones_like(ids, dtype=torch.bool)

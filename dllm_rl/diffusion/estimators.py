@@ -251,6 +251,10 @@ class Trajectory(Likelihood):
         super().__post_init__()
         check(self.steps_per_slice >= 1, "likelihood.steps_per_slice", self.steps_per_slice, "an integer >= 1")
 
+    @property
+    def replays(self) -> bool:
+        return self.steps_per_slice == 1
+
     def choose(self, draw: Draw) -> Choice:
         """What the sampler had not yet written before one of its slices."""
         step = draw.completions.unmask_step
