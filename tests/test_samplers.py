@@ -251,6 +251,8 @@ def test_results_do_not_depend_on_the_batch(sharp: Policy, sampler: Sampler) -> 
 def test_behaviour_logps_are_those_of_the_states_that_were_written(sharp: Policy) -> None:
     prompts = ragged(sharp)
     for sampler in (LowConfidence(block_length=4, temperature=2.0, record_logps=True),
+                    LowConfidence(block_length=4, suppress_eos=True, top_k=5, record_logps=True),
+                    Dream(suppress_eos=True, suppress_eos_confidence=True, top_p=0.9, record_logps=True),
                     Parallel(threshold=0.3, record_logps=True)):
         found = draw(sampler, sharp, prompts)
         assert found.behaviour_logps is not None

@@ -199,14 +199,13 @@ class Sampler(ABC):
         return Proposal(tokens, scores, logps)
 
     def _propose(self, logits: Tensor, noise: Tensor, eos_id: int, end_ids: list[int]) -> Proposal:
-        device = logits.device
-        if self.suppress_eos:
-            logits = logits.index_fill(-1, torch.tensor([eos_id], device=device), -torch.inf)
-        own = logits.double()
+        device, whole = logits.device, logits.double()
+        own = whole.index_fill(-1, torch.tensor([eos_id], device=device), -torch.inf) if self.suppress_eos else whole
         law = sampling_law(own, self.temperature, self.top_k, self.top_p)
         probabilities = law.softmax(-1)
-        tokens = draw_tokens(probabilities, noise) if self.temperature > 0 else logits.argmax(-1)
-        logps = own.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) if self.record_logps else None
+        tokens = draw_tokens(probabilities, noise) if self.temperature > 0 else own.argmax(-1)
+        # Likelihoods know nothing of suppressed tokens, temperatures and filters.
+        logps = whole.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) if self.record_logps else None
         if self.order in MODEL_FREE:
             return Proposal(tokens, None, logps)
         judged = law if self.judges_law else own
