@@ -22,14 +22,18 @@ def effort(completions: Completions) -> dict[str, float]:
     return {"sampler/nfe": float(nfe.mean()), "sampler/tokens_per_pass": float(written / nfe.sum())}
 
 
-def disagreement(policy: Policy, sampler: Sampler, prompts: PromptBatch, length: int) -> dict[str, float]:
+def disagreement(
+    policy: Policy, sampler: Sampler, prompts: PromptBatch, length: int, prepared: Policy | None = None
+) -> dict[str, float]:
     """How far greedy decoding with `sampler` is from the sampler that it stands for, on a few prompts.
 
     `sampler/disagreement` is the share of the exact text's tokens, its EOS included, that differ; `sampler/changed` the
     share of completions that differ at all. Greedy, because another order of tokens draws other random numbers.
+    `prepared` is the policy in the sampler's precision, if it is there already.
     """
     fast = replace(sampler, temperature=0.0, record_logps=False)
-    found, exact = (one.sample(policy, prompts, length, seed=0, step=0).ids for one in (fast, fast.exact()))
+    found = fast.sample(prepared or policy, prompts, length, seed=0, step=0).ids
+    exact = fast.exact().sample(policy, prompts, length, seed=0, step=0).ids
     text = through_first(exact, policy.eos_id)
     differs = (found != exact) & text
     return {"sampler/disagreement": float(differs.sum().double() / text.sum()),

@@ -153,7 +153,7 @@ def evaluate(
     Raises:
         UserError: the grader failed on more than `config.max_infra_errors` of the completions.
     """
-    prompts = list(task.prompts("test"))[: config.num_prompts]
+    prompts, policy = list(task.prompts("test"))[: config.num_prompts], sampler.prepared(policy)
     wanted = [(mode, prompt, index, number) for mode, count in (("greedy", int(config.greedy)), ("sampled", config.samples))
               for index in range(count) for number, prompt in enumerate(prompts)]
     found = {sample.key: sample for sample in earlier}

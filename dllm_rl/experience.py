@@ -156,15 +156,15 @@ class RolloutSource:
     def experience(self, step: int) -> Rollouts:
         """Fresh completions of the prompts whose turn it is."""
         chosen = pick(self.prompts, self.prompts_per_step, seed=self.seed, step=step - 1)
-        found = collect(
-            self.policy, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step
-        )
+        prepared = self.sampler.prepared(self.policy)  # once a step
+        found = collect(prepared, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step)
         self.failures.count(found.graded)
         self.variety.count(found.groups.tolist(), found.texts)
-        if not (self.sampler.approximate and self.check_prompts):
+        if not (self.check_prompts and self.sampler.approximates(self.policy)):
             return found
         few = found.completions.prompts.rows(slice(0, self.check_prompts * self.group_size, self.group_size))
-        return replace(found, drift=disagreement(self.policy, self.sampler, few, self.task.completion_length))
+        drift = disagreement(self.policy, self.sampler, few, self.task.completion_length, prepared)
+        return replace(found, drift=drift)
 
 
 def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Item]:

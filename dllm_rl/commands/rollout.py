@@ -50,6 +50,7 @@ def sampled(settings: common.Settings) -> list[dict[str, Any]]:
     policy = common.build_policy(settings)
     sampler.check_model(policy, task.completion_length)
     policy.network.to(common.accelerator_for_one_process().device)
+    policy = sampler.prepared(policy)
     grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
     rows, ungraded = [], 0
     for start in track(range(0, len(prompts), PROMPTS_AT_ONCE), "sampling", transient=True):

@@ -129,6 +129,15 @@ class Sampler(ABC):
         """Whether there is a slower sampler, `exact()`, that this one stands for."""
         return self.cache.approximate or self.dtype is not None
 
+    def approximates(self, policy: Any) -> bool:
+        """`approximate`, of a policy that may be in the sampler's precision anyway."""
+        changes = self.dtype is not None and not policy.is_in(getattr(torch, self.dtype))
+        return changes or replace(self, dtype=None).approximate
+
+    def prepared(self, policy: Any) -> Any:
+        """What `sample` asks: the policy in the sampler's precision. Given that, `sample` converts nothing again."""
+        return policy if self.dtype is None else policy.in_dtype(getattr(torch, self.dtype))
+
     def exact(self: AnySampler) -> AnySampler:
         """The sampler that this one stands for: one pass over the whole row, in full precision, for each step."""
         return replace(self, cache=CacheConfig(), dtype=None)
@@ -176,9 +185,7 @@ class Sampler(ABC):
     @torch.no_grad()
     def sample(self, policy: Denoiser, prompts: PromptBatch, length: int, *, seed: int, step: int) -> Completions:
         """Completions of `length` tokens, a pure function of (policy, prompt, seed, step, sample id) for each row."""
-        asked: Any = policy
-        if self.dtype is not None:
-            asked = asked.in_dtype(getattr(torch, self.dtype))
+        asked = self.prepared(policy)
         parts = []
         for start in range(0, len(prompts), self.batch_size):
             chunk = prompts.rows(slice(start, start + self.batch_size))
