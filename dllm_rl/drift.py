@@ -27,14 +27,14 @@ def disagreement(
 ) -> dict[str, float]:
     """How far greedy decoding with `sampler` is from the sampler that it stands for, on a few prompts.
 
-    `sampler/disagreement` is the share of the exact text's tokens, its EOS included, that differ; `sampler/changed` the
+    `sampler/disagreement` is the share of the exact text's tokens, its end included, that differ; `sampler/changed` the
     share of completions that differ at all. Greedy, because another order of tokens draws other random numbers.
     `prepared` is the policy in the sampler's precision, if it is there already.
     """
     fast = replace(sampler, temperature=0.0, record_logps=False)
     found = fast.sample(prepared or policy, prompts, length, seed=0, step=0).ids
     exact = fast.exact().sample(policy, prompts, length, seed=0, step=0).ids
-    text = through_first(exact, policy.eos_id)
+    text = through_first(exact, *policy.stop_ids)
     differs = (found != exact) & text
     return {"sampler/disagreement": float(differs.sum().double() / text.sum()),
             "sampler/changed": float(differs.any(1).double().mean())}

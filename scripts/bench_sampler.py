@@ -3,7 +3,7 @@
 The reference computes logits at every position of prompt and canvas, for all steps of all blocks, for the batch as given.
 Small models of three tasks answer on a canvas of 256 tokens. Most of it is EOS, as instruction-tuned models leave most of
 theirs: that is where stopping early gains, and the ablation says how much each technique does. Times are processor seconds
-of one thread on a CPU (neighbours disturb them less) and wall seconds on a GPU; a token is one of the text or its EOS.
+of one thread on a CPU (neighbours disturb them less) and wall seconds on a GPU; a token is one of the text or its end.
 
     scripts/bench_sampler --json bench_sampler.json
     scripts/bench_sampler --shape llada_8b --layers 2 --hidden-size 512 --length 64 --prompts 1     V = 126,464
@@ -159,10 +159,10 @@ def measure(
             found[name] = draw(policy, prompts, length)
             seconds[name].append(clock() - start)
     exact = found[REFERENCE].ids
-    text = through_first(exact, policy.eos_id)
+    text = through_first(exact, *policy.stop_ids)
     return {
         name: Measured(
-            seconds[name], int(through_first(one.ids, policy.eos_id).sum()), int(one.nfe.sum()),
+            seconds[name], int(through_first(one.ids, *policy.stop_ids).sum()), int(one.nfe.sum()),
             float(((one.ids == exact) & text).sum() / text.sum()), grade(one),
         ) for name, one in found.items()
     }

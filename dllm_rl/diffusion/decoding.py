@@ -72,7 +72,8 @@ class Sampler(ABC):
     suppress_eos_confidence: bool = False
     """Write EOS and ends of a turn after all others of the block (LLaDA's confidence_eos_eot_inf), at any temperature."""
     stop_early: bool = True
-    """Once a finished block holds EOS, fill the later blocks with EOS instead of decoding them: the text is the same."""
+    """Once a finished block holds EOS or an end of the turn, fill the later blocks with EOS instead of decoding them: the
+    text is the same."""
     batch_size: int = 128
     """Rows per forward pass. Never changes a result."""
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -234,6 +235,7 @@ class Decoding:
         own = attention_block(policy)
         self.plan = sampler.plan(length, own)
         self.mask_id, self.eos_id = policy.mask_id, policy.eos_id
+        self.stop_ids = torch.tensor(getattr(policy, "stop_ids", [policy.eos_id]), device=device)
         self.end_ids: list[int] = list(getattr(policy, "end_ids", [policy.eos_id]))
         self.reader: Reader | Guided = (
             Guided(policy, prompts, length, sampler.cache, sampler.cfg_scale) if sampler.cfg_scale
@@ -308,7 +310,7 @@ class Decoding:
         self.step[complete], self.asked[complete] = 0, 0
         if self.sampler.stop_early:
             behind = self.columns >= self._bounds(complete)[0].unsqueeze(1)
-            ended = ((self.canvas[complete] == self.eos_id) & ~behind).any(1)
+            ended = (torch.isin(self.canvas[complete], self.stop_ids) & ~behind).any(1)
             self.canvas[complete] = self.canvas[complete].masked_fill(behind & ended.unsqueeze(1), self.eos_id)
             self.block[complete[ended]] = len(self.columns) + 1
         return rows[self._bounds(rows)[0] < len(self.columns)]

@@ -86,6 +86,11 @@ class Policy:
         known, names = self.tokenizer.get_vocab(), (self.rules.turn_end, *END_OF_TURN)
         return list(dict.fromkeys([self.eos_id, *(known[name] for name in names if name in known)]))
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a text: EOS, and the family's end of a turn."""
+        return [self.eos_id] if self.turn_end_id is None else [self.eos_id, self.turn_end_id]
+
     def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """The one forward pass.
 
@@ -232,7 +237,7 @@ class Policy:
 
     def decode(self, ids: Tensor) -> list[str]:
         """The texts of [B, L] completions, each cut at its first EOS or end of a turn."""
-        texts, ends = [], {self.eos_id, self.turn_end_id}
+        texts, ends = [], self.stop_ids
         for row in ids.tolist():
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
