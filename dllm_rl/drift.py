@@ -44,10 +44,14 @@ class Variety:
     """Stops a run whose rollouts are the same within every group, step after step: every advantage is 0.
 
     Example: `Variety(20)` allows 19 such steps in a row.
+
+    Args:
+        most: the number of steps that is too many; 0: none is.
+        steps: how many there have been, in a run that is continued.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most, self._steps = most, 0
+    def __init__(self, most: int, steps: int = 0) -> None:
+        self._most, self.steps = most, steps
 
     def count(self, groups: Sequence[int], texts: Sequence[str]) -> None:
         """Takes in one batch: the group and the text of every completion.
@@ -56,8 +60,8 @@ class Variety:
             UserError: it is the last straw.
         """
         alike = len({*zip(groups, texts, strict=True)}) == len({*groups}) < len(groups)
-        self._steps = self._steps + 1 if alike else 0
-        if self._most and self._steps >= self._most:
+        self.steps = self.steps + 1 if alike else 0
+        if self._most and self.steps >= self._most:
             raise UserError(
                 f"trainer.max_identical_steps={self._most}: in so many steps all completions of a prompt were the same, so "
                 "that there is nothing to learn from; a higher sampler.temperature varies them, a cache or a threshold may "

@@ -109,6 +109,9 @@ class Source(Protocol):
     def experience(self, step: int) -> Experience:
         """The completions of step `step` (1, 2, ...), a pure function of it and of the policy's weights."""
 
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps of the source."""
+
 
 class Failures:
     """Stops a run whose grader fails often: completions that cannot be graded are left out, so nothing else would show it.
@@ -165,6 +168,10 @@ class RolloutSource:
         few = found.completions.prompts.rows(slice(0, self.check_prompts * self.group_size, self.group_size))
         drift = disagreement(self.policy, self.sampler, few, self.task.completion_length, prepared)
         return replace(found, drift=drift)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many of the last steps had no variety."""
+        return {"identical_steps": self.variety.steps}
 
 
 def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Item]:

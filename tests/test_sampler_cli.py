@@ -81,6 +81,33 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path, start: Path, setting
     assert words in line and not list(tmp_path.iterdir()), line
 
 
+@pytest.mark.parametrize(("settings", "refused"), [
+    (["sampler.temperature=0"], True), (["sampler=parallel", "sampler.temperature=0"], True),
+    (["sampler=dream", "sampler.temperature=0"], True),
+    (["sampler=left_to_right", "sampler.temperature=0", "trainer.group_size=16"], True),
+    (["sampler=random_order", "sampler.temperature=0"], False), (["sampler=dream", "sampler.alg=origin"], False),
+    (["sampler=dream", "sampler.temperature=0", "sampler.alg_temp=0.5"], False),
+    (["sampler.temperature=0", "trainer.group_size=1", "algorithm=sft", "objective=reinforce", "critic.mdp=bandit"], False),
+])
+def test_rollouts_that_are_all_the_same_are_refused(tmp_path: Path, settings: list[str], refused: bool) -> None:
+    line = bad(tmp_path, "train", "task=sudoku", "model.path=nowhere", *settings)
+    assert line.startswith("error: sampler.temperature=0.0: must be a number > 0 with trainer.group_size=") == refused, line
+    assert refused or "model.path=nowhere" in line
+
+
+def test_a_continued_run_counts_on(tmp_path: Path, start: Path) -> None:
+    """Every completion of a word alone: a temperature near 0 gives one text per prompt, step after step."""
+    arguments = ("task=sudoku", f"model.path={start}", "sampler.temperature=1e-6", "trainer.group_size=2", "trainer.steps=6",
+                 "trainer.prompts_per_step=1", "trainer.eval_every=0", "trainer.save_every=1", "run_dir=run")
+    first = bad(tmp_path, "train", *arguments, "trainer.max_identical_steps=3")
+    assert "max_identical_steps=3" in first
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2
+    second = bad(tmp_path, "train", *arguments, "trainer.max_identical_steps=3", "resume=auto")
+    assert "max_identical_steps=3" in second
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2, "the third such step stops it again"
+
+
 def test_the_sampler_benchmark_writes_its_figures(tmp_path: Path) -> None:
     file, default = tmp_path / "f.json", "sampler=low_confidence (default)"
     run("bench_sampler", "--tasks", "word_problems", "--hidden-size", "16", "--layers", "1", "--prompts", "4",

@@ -89,7 +89,8 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
         grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
         return RolloutSource(
             policy, task, guarded(task, settings["leaks"]), grader, rollout_sampler(settings), trainer.prompts_per_step,
-            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors), Variety(trainer.max_identical_steps),
+            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors),
+            Variety(trainer.max_identical_steps, start.state.get("source", {}).get("identical_steps", 0)),
             trainer.sampler_check,
         ), []
     length, offline = task.completion_length, settings["offline"]
@@ -206,6 +207,9 @@ def least_group(settings: common.Settings) -> tuple[int, str]:
 def _check_without_data(settings: common.Settings, name: str) -> None:
     size, (least, why) = settings["trainer"].group_size, least_group(settings)
     check(size >= least, "trainer.group_size", size, f"an integer >= {least} with objective={name}: {why}")
+    same = size > 1 and settings["sampler"].deterministic
+    valid = f"a number > 0 with trainer.group_size={size}: all completions of a prompt would be the same"
+    check(not same, "sampler.temperature", settings["sampler"].temperature, valid)
     _check_recorded(settings)
     plain = OfflineConfig()
     for field in fields(plain):

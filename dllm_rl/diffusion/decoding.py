@@ -126,6 +126,11 @@ class Sampler(ABC):
         return scores
 
     @property
+    def deterministic(self) -> bool:
+        """Whether all completions of a prompt are the same."""
+        return self.temperature == 0 and self.order != "random"
+
+    @property
     def approximate(self) -> bool:
         """Whether there is a slower sampler, `exact()`, that this one stands for."""
         return self.cache.approximate or self.dtype is not None

@@ -84,6 +84,10 @@ class Dream(Sampler):
     def order(self) -> str:
         return ALGORITHMS[self.alg]
 
+    @property
+    def deterministic(self) -> bool:
+        return super().deterministic and self.alg_temp == 0
+
     def quota(self, masked: Tensor, step: Tensor, plan: tuple[int, int], noise: Tensor) -> Tensor:
         """origin writes every masked token with the probability of the step, the others a fixed part of them."""
         share = time_schedule(plan[1], self.eps).to(step.device)[step]
