@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from dllm_rl.checkpoint import save_checkpoint
+from tests.conftest import make_policy
 from tests.test_cli import SMALL, bad, good
 from tests.test_scripts import run
 
@@ -115,9 +121,42 @@ def test_the_sampler_benchmark_writes_its_figures(tmp_path: Path) -> None:
         "--only", default, "sampler=fast_dllm")
     found = json.loads(file.read_text())
     rows = {row["name"]: row for row in found["configurations"]}
-    assert set(rows) == {"reference: LLaDA's loop", default, "sampler=fast_dllm"}
-    assert rows["reference: LLaDA's loop"]["ratio_to_reference"] == 1
+    exact = "reference: LLaDA's loop, softmax in float64"
+    assert set(rows) == {"reference: LLaDA's loop", exact, default, "sampler=fast_dllm"}
+    assert rows["reference: LLaDA's loop"]["ratio_to_reference"] == 1 and rows[exact]["same_as_reference"] == 1
     # The published loop may write mask tokens, which a network that knows nothing still predicts.
     assert rows[default]["same_as_reference"] > 0.9
     assert {"low", "high", "accuracy", "nfe_per_token", "tokens_per_second"} <= rows[default].keys()
     assert found["tasks"]["word_problems"] == found["configurations"]
+
+
+def test_the_benchmark_takes_no_half_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number of steps in the second stage: only that is trained again; another first stage: both."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    bench, stages = importlib.import_module("bench_sampler"), []
+
+    def train(command: list[str], check: bool) -> None:
+        assert check and "resume=overwrite" in command
+        settings = OmegaConf.from_dotlist(command[4:])
+        folder = Path(settings.run_dir)
+        stages.append(folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(folder, settings.supervised.steps, make_policy(), {}, 1)
+        OmegaConf.save(settings, folder / "config.yaml")
+
+    monkeypatch.setattr(bench.subprocess, "run", train)
+    options = argparse.Namespace(models=tmp_path, length=64, hidden_size=16, layers=1, short_steps=5, long_steps=5)
+    both = ["sudoku-short", "sudoku-64"]
+    for changes, expected in (({}, both), ({}, []), ({"long_steps": 7}, both[1:]), ({"hidden_size": 32}, both), ({}, [])):
+        for name, value in changes.items():
+            setattr(options, name, value)
+        bench.trained_policy("sudoku", options)
+        assert stages == expected
+        stages.clear()
+    finished = tmp_path / "sudoku-64" / "checkpoints" / "step-000007"
+    finished.rename(finished.with_name("step-000003"))  # killed after its third step
+    bench.trained_policy("sudoku", options)
+    assert stages == both[1:]
+    (tmp_path / "sudoku-short" / "checkpoints" / "step-000005" / "manifest.json").unlink()
+    bench.trained_policy("sudoku", options)
+    assert stages[1:] == both
