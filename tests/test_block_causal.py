@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_rl.diffusion.reading import CacheConfig
-from dllm_rl.diffusion.sampler import Dream, LowConfidence, Parallel, Sampler
+from dllm_rl.diffusion.sampler import Dream, LowConfidence, Parallel, Sampler, reproduces
 from dllm_rl.errors import UserError
 from dllm_rl.models.families import FACTS
 from dllm_rl.models.policy import Policy
@@ -98,6 +98,25 @@ def test_stopping_early_leaves_the_later_blocks_of_attention(blockwise: Policy) 
     decoded = blocks <= blocks[:, 4:5]
     assert torch.equal(found.unmask_step >= 0, decoded)
     assert (found.ids[~decoded] == end).all() and (found.ids[:, :4] == 7).all() and (found.ids[:, 4] == end).all()
+
+
+@pytest.mark.parametrize("sampler", [LowConfidence(temperature=0.0), Parallel(threshold=0.3), Dream()], ids=str)
+def test_an_approximate_cache_that_always_refreshes_changes_nothing(blockwise: Policy, sampler: Sampler) -> None:
+    found = [replace(sampler, cache=cache).sample(blockwise, ragged(blockwise), 12, seed=0, step=0)
+             for cache in (CacheConfig(), CacheConfig("prefix", 1), CacheConfig("dual", 1), CacheConfig("dual"))]
+    for one in found[1:3]:
+        assert torch.equal(one.ids, found[0].ids) and torch.equal(one.unmask_step, found[0].unmask_step)
+    assert (found[3].ids != blockwise.mask_id).all()
+
+
+def test_what_greedy_decoding_reproduces(blockwise: Policy) -> None:
+    prompts = ragged(blockwise)
+    decoded = LowConfidence(denoising_steps=12, temperature=0.0, stop_early=False).sample(
+        blockwise, prompts, 12, seed=0, step=0).ids
+    assert reproduces(blockwise, prompts, decoded).all()
+    other = decoded.clone()
+    other[::2, -1] = 7
+    assert reproduces(blockwise, prompts, other).tolist() == (other == decoded).all(1).tolist() != [True] * 8
 
 
 def test_plans_by_hand() -> None:

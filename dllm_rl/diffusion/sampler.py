@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.decoding import Sampler, even_schedule
+from dllm_rl.diffusion.decoding import Sampler, attention_block, even_schedule
 from dllm_rl.diffusion.likelihood import Denoiser
 from dllm_rl.diffusion.unmasking import (
     POSITION_RULES,
@@ -166,8 +166,10 @@ def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
     """[B] bool: whether greedy decoding gives `ids` [B, L], one token per step, the most confident first.
 
     That is what `LowConfidence(block_length=L, denoising_steps=L, temperature=0)` decodes, but a row takes no more forward
-    passes after its first wrong token.
+    passes after its first wrong token. Where attention goes in blocks, those are decoded one after the other.
     """
+    size = attention_block(policy) or prompts.mask.shape[1] + ids.shape[1]
+    block = (prompts.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)) // size
     right = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     canvas = torch.full_like(ids, policy.mask_id)
     for _ in range(ids.shape[1]):
@@ -175,6 +177,8 @@ def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
             break
         part = canvas[right]
         masked = part == policy.mask_id
+        first = block[right].masked_fill(~masked, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        masked = masked & (block[right] == first)
         logits = policy.logits(prompts.rows(right), part, masked)
         chosen = logits.argmax(-1)
         confidence = torch.zeros(part.shape, dtype=torch.float64, device=ids.device).masked_scatter(
