@@ -15,6 +15,8 @@ from dllm_rl.errors import UserError, check
 
 FACTS = "dllm_rl"
 """Key of a converted checkpoint's config.json under which the family and the original configuration are kept."""
+HEAD = "lm_head.weight"
+"""The output head's weight, as all classes of transformers here name it."""
 PAGE = "docs/add_a_family.md"
 Json = Mapping[str, Any]
 

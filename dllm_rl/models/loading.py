@@ -8,8 +8,10 @@ the target device and in the target precision.
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dllm_rl.errors import UserError, check
 from dllm_rl.models.adapter import base_of, is_adapter, merge
-from dllm_rl.models.families import FACTS, NATIVE, Family, recognise
+from dllm_rl.models.families import FACTS, HEAD, NATIVE, Family, recognise
 from dllm_rl.models.quantization import four_bit, packed
 from dllm_rl.run_folder import resolve_model_path
 
@@ -31,6 +33,9 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 """What is fetched from the hub: no code."""
 INDEX = "model.safetensors.index.json"
 TOKENS = ("mask", "eos", "pad")
+STORED = "stored"
+PRECISIONS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of safetensors and of torch, the widest first."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class LoadOptions:
     """How a network is loaded."""
 
     dtype: str = "float32"
+    """A precision of torch, or `stored`: that of the checkpoint's files."""
     attn_implementation: str | None = None
     quantization: str | None = None
     block_length: int | None = None
@@ -56,12 +62,16 @@ def load(
     if is_adapter(folder):
         nf4 = options.quantization
         check(nf4 is None, "model.quantization", nf4, f"null with {key}={folder}: an adapter is merged into whole weights")
+        # Rounded to 16 bits, the sum would lose what a short training has changed.
+        options = replace(options, dtype="float32") if options.dtype == STORED else options
         network, tokenizer = load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path", options)
         network = merge(network, folder, key)
         own = (folder / "tokenizer.json").is_file()
         return network, AutoTokenizer.from_pretrained(folder) if own else tokenizer
     _check_folder(folder, key)
     try:
+        if options.dtype == STORED:
+            options = replace(options, dtype=widest(folder))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = recognise(settings, f"{key}={path}")
         if family is NATIVE:
@@ -134,7 +144,7 @@ def _load_family(
         name_tokens(tokenizer, settings, family, config.vocab_size, key)
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         there = Path(source).expanduser()
-        getattr(config, FACTS).update(source=str(there.resolve()) if there.is_dir() else source, dtype=stored_dtype(folder))
+        getattr(config, FACTS).update(source=str(there.resolve()) if there.is_dir() else source, **storage(folder, family))
     if options.block_length is not None:
         valid = f"null with the family {family.name}: it is not block-causal"
         check(family.block_length is not None, "model.block_length", options.block_length, valid)
@@ -170,14 +180,36 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def stored_dtype(folder: Path) -> str:
-    """The precision of a checkpoint's tensors; the widest where they differ."""
-    found = set()
+def stored_dtypes(folder: Path) -> dict[str, tuple[str, int]]:
+    """The precision of each tensor in a folder's files, and its number of entries."""
+    found = {}
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return next((name for short, name in names.items() if short in found), "float32")
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                part = tensors.get_slice(name)
+                kind = part.get_dtype()
+                check(kind in PRECISIONS, f"{file.name}: precision of {name}", kind, ", ".join(PRECISIONS))
+                found[name] = PRECISIONS[kind], math.prod(part.get_shape())
+    return found
+
+
+def widest(folder: Path) -> str:
+    """The widest precision of a checkpoint's tensors."""
+    found = {dtype for dtype, _ in stored_dtypes(folder).values()}
+    return next((dtype for dtype in PRECISIONS.values() if dtype in found), "float32")
+
+
+def storage(folder: Path, family: Family) -> dict[str, Any]:
+    """How an original checkpoint is stored, as far as its tensors in a network do not tell: the precision of most entries,
+    tensors with another one, and whether an output head is there (which a network with tied embeddings would do without).
+    """
+    found = stored_dtypes(folder)
+    sizes: Counter[str] = Counter()
+    for dtype, size in found.values():
+        sizes[dtype] += size
+    usual = max(sizes, key=lambda dtype: sizes[dtype], default="float32")
+    others = {name: dtype for name, (dtype, _) in found.items() if dtype != usual}
+    return {"dtype": usual, "other_dtypes": others, "head_stored": any(family.to_native(name) == HEAD for name in found)}
 
 
 def fill(
@@ -203,11 +235,24 @@ def fill(
                 place(network, name, tensor, dtype, device, quantization)
                 missing.discard(name)
     if network.config.tie_word_embeddings:
-        network.tie_weights()
-        missing.discard("lm_head.weight")
+        tie(network, key)
+        missing.discard(HEAD)
     if missing:
         raise UserError(f"{key}: the weights have no {min(missing)}")
     network.to(device)  # the buffers; parameters are there already
+
+
+def tie(network: Any, key: str) -> None:
+    """Makes the embeddings the output head.
+
+    Raises:
+        UserError: the checkpoint has a head of its own, with other weights.
+    """
+    head, embeddings = network.get_output_embeddings().weight, network.get_input_embeddings().weight
+    if not head.is_meta and not torch.equal(head, embeddings):
+        raise UserError(f"{key}: config.json ties the output head to the embeddings, but the weights have another head; set "
+                        "tie_word_embeddings (LLaDA: weight_tying) to false in config.json if that head is the model's")
+    network.tie_weights()
 
 
 def place(
