@@ -271,6 +271,18 @@ def test_an_adapter_on_an_adapter(folder: Path) -> None:
     assert not torch.equal(one, base) and not torch.equal(two, one)
 
 
+def test_the_block_length_asked_for_holds_with_adapters_too(folder: Path) -> None:
+    write_checkpoint("sdar", folder / "base")
+    sft = ("sft", "plugins=[varied.py]", "task=varied", "supervised.batch_size=2", "model=auto", "model.path=base",
+           "model.lora.r=2", "optimizer.warmup_steps=1", "run_dir=run", "supervised.save_every=1")
+    good(folder, *sft, "supervised.steps=1", "model.block_length=8")
+    assert PretrainedModel(path=str(folder / "run")).build([], 0).rules.block_length == 8
+    wide = PretrainedModel(path=str(folder / "run"), block_length=16)
+    assert wide.build([], 0).rules.block_length == 16
+    assert wide.resume(newest(folder / "run")).rules.block_length == 16
+    assert PretrainedModel(path="").resume(newest(folder / "run")).rules.block_length == 8
+
+
 def test_training_weights_in_16_bits_gets_a_note(folder: Path) -> None:
     write_checkpoint("dream", folder / "base")
     note = "note: all weights are trained in 16 bits"

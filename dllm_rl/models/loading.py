@@ -65,7 +65,7 @@ def load(
         # Rounded to 16 bits, the sum would lose what a short training has changed.
         options = replace(options, dtype="float32") if options.dtype == STORED else options
         network, tokenizer = load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path", options)
-        network = merge(network, folder, key)
+        network = merge(network, folder, key, options.block_length)
         own = (folder / "tokenizer.json").is_file()
         return network, AutoTokenizer.from_pretrained(folder) if own else tokenizer
     _check_folder(folder, key)

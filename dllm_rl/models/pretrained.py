@@ -73,7 +73,7 @@ class PretrainedModel:
         """The policy of a checkpoint that holds an adapter, on the base that it names; the adapter is trained on."""
         base = base_of(checkpoint, "model.path")
         network, tokenizer = self._load(base, f"model.path={checkpoint}: base_model_name_or_path")
-        return self._policy(resume(network, checkpoint), tokenizer)
+        return self._policy(resume(network, checkpoint, self.block_length), tokenizer)
 
     def _load(self, path: str, key: str = "model.path") -> tuple[Any, Any]:
         if self.quantization:
