@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dllm_rl.models.families import Family, recognise
 from dllm_rl.models.loading import LoadOptions, empty_network, load, native_config
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.pretrained import PretrainedModel
+from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 from tests.original_models import BLOCK, FAMILIES, MASK, expected_logits, original_config, shapes, token_id, write_checkpoint
 
@@ -114,6 +116,42 @@ def test_neither_padding_nor_the_batch_changes_logits(tmp_path: Path, family: st
     if family == "sdar":  # what is right of a block does not change it: prompt of 3, so that the first block ends after one
         longer = torch.cat([canvas, canvas[:, :3]], dim=1)
         torch.testing.assert_close(logits_of(policy, prompts[:1], longer[:1])[0, :9], found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_may_be_padded_on_the_right(tmp_path: Path, family: str) -> None:
+    """Or on both sides: where a row starts and ends is what its mask says."""
+    write_checkpoint(family, tmp_path)
+    policy = load_policy(str(tmp_path))
+    prompts, canvas = sequences(family)
+    expected = logits_of(policy, prompts, canvas)
+    width = max(len(row) for row in prompts) + 2
+    for starts in ([0] * len(prompts), [width - len(row) - 1 for row in prompts]):
+        ids, mask = torch.full((len(prompts), width), policy.pad_id), torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            ids[row, start : start + len(prompt)] = prompt
+            mask[row, start : start + len(prompt)] = True
+        batch = PromptBatch(ids, mask, torch.arange(len(prompts)))
+        for positions in (torch.ones_like(canvas, dtype=torch.bool), torch.arange(9).expand_as(canvas) % 4 == 0):
+            with torch.no_grad():
+                found = policy.logits(batch, canvas, positions)
+            torch.testing.assert_close(found, expected[positions], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_token_does_not_come_from_text(tmp_path: Path, family: str) -> None:
+    write_checkpoint(family, tmp_path)
+    for chat in (True, False):
+        policy = PretrainedModel(path=str(tmp_path), chat_template=chat).build([], 0)
+        policy.encode_prompts(["mask"], torch.arange(1))
+        text, words = f"what is {MASK[family]}?", f"has the text {MASK[family]}, which is this model's mask token"
+        with pytest.raises(UserError, match=re.escape(f"prompt '{text}': {words}")):
+            policy.encode_prompts([text], torch.arange(1))
+        with pytest.raises(UserError, match=re.escape(f"completion '{text}': {words}")):
+            policy.encode_completions(["fine", text], 20)
+        for more in ({"text": text}, {"text": "a", "shots": ((text, "b"),)}, {"text": "a", "prefill": text}):
+            with pytest.raises(UserError, match=re.escape(f"prompt test/3: {words}")):
+                policy.encode_prompts([Prompt("test/3", **more)], torch.arange(1))
 
 
 def test_blocks_are_counted_from_the_start_of_the_prompt(tmp_path: Path) -> None:
