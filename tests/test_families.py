@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,55 +271,6 @@ def test_precision(tmp_path: Path, dtype: str) -> None:
     assert {parameter.dtype for parameter in policy.network.parameters()} == {wanted}
     assert torch.equal(policy.network.lm_head.weight, weights["lm_head.weight"].to(wanted))
     assert policy.network.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-def drop(folder: Path, name: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights[name]
-    save_file(weights, folder / "model.safetensors")
-
-
-def add(folder: Path, name: str, shape: tuple[int, ...]) -> None:
-    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(shape)}, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda folder: edit(folder, architectures=["OtherLM"], model_type="other"),
-     ["the architecture OtherLM", "llada, dream, sdar", "docs/add_a_family.md"]),
-    (lambda folder: edit(folder, n_layers=None), ["config.json: has no n_layers"]),
-    (lambda folder: edit(folder, alibi=True), ["config.json: alibi=True: must be False"]),
-    (lambda folder: edit(folder, include_bias=True), ["config.json: include_bias=True: must be False"]),
-    (lambda folder: drop(folder, "model.transformer.blocks.1.ff_proj.weight"), ["no model.layers.1.mlp.gate_proj.weight"]),
-    (lambda folder: add(folder, "model.transformer.blocks.1.q_norm.weight", (4,)),
-     ["model.transformer.blocks.1.q_norm.weight, which the architecture does not"]),
-    (lambda folder: add(folder, "model.transformer.ln_f.weight", (31,)), ["ln_f.weight has the shape [31]; must be [32]"]),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"xx"), ["cannot be loaded"]),
-    (lambda folder: (folder / "config.json").write_text("{"), ["cannot be loaded"]),
-    (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer.json"]),
-])
-def test_mistakes_are_named(tmp_path: Path, damage: Any, words: list[str]) -> None:
-    write_checkpoint("llada", tmp_path)
-    damage(tmp_path)
-    with pytest.raises(UserError) as raised:
-        load_policy(str(tmp_path))
-    message = str(raised.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"dtype": "int8"}, r"model\.dtype=int8"), ({"attn_implementation": "fast"}, r"model\.attn_implementation=fast"),
-    ({"block_length": 0}, r"model\.block_length=0"), ({"quantization": "int4"}, r"model\.quantization=int4"),
-    ({}, r"model\.path=None: must be"),
-])
-def test_bad_settings_name_their_key(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        PretrainedModel(**fields).build([], 0)
-
-
-def test_blocks_are_for_block_causal_families(tmp_path: Path) -> None:
-    write_checkpoint("llada", tmp_path)
-    with pytest.raises(UserError, match=r"model\.block_length=4: must be null with the family llada"):
-        PretrainedModel(path=str(tmp_path), block_length=4).build([], 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,8 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,14 +75,32 @@ def load(
         if options.dtype == STORED:
             options = replace(options, dtype=widest(folder))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check(isinstance(settings, dict), f"{key}={path}: config.json", settings, "an object with names")
         family = recognise(settings, f"{key}={path}")
         if family is NATIVE:
-            return _load_native(folder, options), AutoTokenizer.from_pretrained(folder)
+            return _load_native(folder, options, f"{key}={path}"), AutoTokenizer.from_pretrained(folder)
         return _load_family(folder, settings, family, options, f"{key}={path}", source=path)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _cannot(path, key, error) from None
+
+
+@contextmanager
+def construction(key: str, attention: str | None = None) -> Iterator[None]:
+    """Around what turns a config.json into a network: whatever fails there becomes one line that names the folder.
+
+    A bad value makes transformers raise almost any exception, from its own checks down to a division by zero.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, ImportError) and attention:
+            raise UserError(f"model.attn_implementation={attention}: cannot be used here ({reason})") from None
+        raise UserError(f"{key}: config.json makes no network ({type(error).__name__}: {reason})") from None
 
 
 def local_folder(path: str, key: str = "model.path") -> Path:
@@ -123,10 +143,12 @@ def _check_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")
 
 
-def _load_native(folder: Path, options: LoadOptions) -> Any:
+def _load_native(folder: Path, options: LoadOptions, key: str) -> Any:
     whole = options.quantization is None
     check(whole, "model.quantization", options.quantization, "null: only checkpoints of a family can be loaded in 4 bits")
     check(options.block_length is None, "model.block_length", options.block_length, "null: the model is not block-causal")
+    with construction(key, options.attn_implementation):
+        empty_network(transformers.AutoConfig.from_pretrained(folder), options.attn_implementation)
     choice = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype), **choice)
 
@@ -136,11 +158,13 @@ def _load_family(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     converted = FACTS in settings
     if converted:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        with construction(key):
+            config = transformers.AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         tokenizer = getattr(transformers, family.tokenizer_class).from_pretrained(folder)
-        config = native_config(settings, family)
+        with construction(key):
+            config = native_config(settings, family)
         name_tokens(tokenizer, settings, family, config.vocab_size, key)
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         there = Path(source).expanduser()
@@ -149,7 +173,8 @@ def _load_family(
         valid = f"null with the family {family.name}: it is not block-causal"
         check(family.block_length is not None, "model.block_length", options.block_length, valid)
         getattr(config, FACTS)["block_length"] = options.block_length
-    network = empty_network(config, options.attn_implementation)
+    with construction(key, options.attn_implementation):
+        network = empty_network(config, options.attn_implementation)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     fill(network, folder, None if converted else family, getattr(torch, options.dtype), device, options.quantization, key)
     return network, tokenizer
@@ -159,7 +184,10 @@ def native_config(settings: dict[str, Any], family: Family) -> Any:
     """The configuration of transformers for an original config.json, which it keeps."""
     config = getattr(transformers, family.config_class)(**family.convert(settings), bos_token_id=None, use_cache=False)
     config.is_causal = False
-    block = settings.get("block_length") or settings.get("block_size") or family.block_length
+    written = (settings.get(name) for name in ("block_length", "block_size"))
+    block = next((value for value in written if value is not None), family.block_length)
+    fits = family.block_length is None or (type(block) is int and block >= 1)
+    check(fits, "config.json: block_size", repr(block), "an integer >= 1")
     facts = {"family": family.name, "block_length": block if family.block_length else None, "original": settings}
     setattr(config, FACTS, facts)
     return config
@@ -175,8 +203,9 @@ def empty_network(config: Any, attn_implementation: str | None = None) -> Any:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index where there is one."""
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        check(isinstance(places, dict), f"{INDEX}: weight_map", places, "an object from tensors to files")
+        return [folder / name for name in sorted({*map(str, places.values())})]
     return sorted(folder.glob("*.safetensors"))
 
 
@@ -281,9 +310,9 @@ def name_tokens(
     """
     for name in TOKENS:
         given = settings.get(f"{name}_token_id")
-        given = given[0] if isinstance(given, list) else given
+        given = next(iter(given), None) if isinstance(given, list) else given
         own = getattr(tokenizer, f"{name}_token_id")
         number = next((item for item in (given, own, family.ids.get(name)) if item is not None), None)
-        if number is None or not 0 <= number < min(rows, len(tokenizer)):
+        if type(number) is not int or not 0 <= number < min(rows, len(tokenizer)):
             raise UserError(f"{key}: {name}_token_id={number}: must be a token's number in config.json or in the tokenizer")
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))

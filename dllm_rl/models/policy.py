@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -208,7 +209,11 @@ class Policy:
             return "".join(f"{question}{answer}\n\n" for question, answer in prompt.shots) + prompt.text + prompt.prefill
         turns = [turn for question, answer in prompt.shots for turn in (("user", question), ("assistant", answer))]
         chat = [{"role": role, "content": content} for role, content in [*turns, ("user", prompt.text)]]
-        rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:  # a template may refuse shots, and be in error as any program
+            raise UserError(f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} cannot lay a prompt out "
+                            f"({' '.join(str(error).split())}); model.chat_template=false does without it") from None
         return str(rendered) + prompt.prefill
 
     def pad_prompts(self, rows: Sequence[Sequence[int]], sample_ids: Tensor) -> PromptBatch:
