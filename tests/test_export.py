@@ -223,11 +223,20 @@ def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "push=owner/name: cannot be written on the hub (no token)" in message and (tmp_path / "again").is_dir()
 
 
+ROW = {"metric": "reward", "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
+WRONG_RESULTS = [[1, 2], {"sudoku": {"accuracy": 1.0}}, {"sudoku": {"metrics": [{"metric": "reward"}]}}, {"sudoku": 3}, 7,
+                 {"sudoku": {"metrics": [{**ROW, "value": "high"}]}}, {"sudoku": {"metrics": [{**ROW, "low": None}]}}]
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], ["output=None"]), (["output=there"], ["output=there: is there already", "overwrite=true"]),
     (["output=mine", "overwrite=true"], ["output=mine: holds no exported model"]),
     (["output=new", "format=gguf"], ["format=gguf: must be native or original"]),
     (["output=new", "results=nowhere.json"], ["results=nowhere.json"]),
+    *((["output=new", f"results=wrong/{number}.json"], [f"results=wrong/{number}.json: must be a results.json of dllm-rl"])
+      for number in range(len(WRONG_RESULTS))),
+    (["output=afile/sub"], ["output=afile/sub: must be a folder to write: ", "afile is a file"]),
+    (["output=afile/sub/deep"], ["output=afile/sub/deep: must be a folder to write"]),
     (["output=new", "model.path=tiny", "format=original"], ["format=original: must be native"]),
     (["output=new", "model.lora.r=2"], ["model.lora.r=2: must be 0"]),
 ])
@@ -237,10 +246,27 @@ def test_mistakes_leave_nothing(tmp_path: Path, arguments: list[str], words: lis
     good(tmp_path, "export", "model.path=original", "output=there")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "novel.txt").write_text("chapter one")
+    (tmp_path / "afile").write_text("a file")
+    (tmp_path / "wrong").mkdir()
+    for number, content in enumerate(WRONG_RESULTS):
+        (tmp_path / "wrong" / f"{number}.json").write_text(json.dumps(content))
     before = sorted(path for path in tmp_path.rglob("*"))
     message = bad(tmp_path, "export", "model.path=original", *arguments)
     assert all(word in message for word in words), message
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("llada", tmp_path / "original")
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dllm_rl.models.export.save_torch_state_dict", full)
+    message = bad(tmp_path, "export", "model.path=original", "output=new", "format=original")
+    assert "output=new: cannot be written" in message and "No space left" in message
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,3 +313,5 @@ def test_every_named_model_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     good(tmp_path, "generate", f"model={name}", "task=sudoku", "count=1")
     assert asked[0].count("/") == 1 and built[0].rules.family == family
     assert {parameter.dtype for parameter in built[0].network.parameters()} == {torch.bfloat16}
+    # Tokenizers of base models come with a template as well, for turns that the models were never trained on.
+    assert built[0].tokenizer.chat_template and built[0].chat == ("base" not in name)

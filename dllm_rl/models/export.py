@@ -118,10 +118,11 @@ def model_card(policy: Policy, kind: str, source: str, choices: dict[str, str], 
              f"| family | {rules.family} |", f"| base model | {hub or Path(base).name or 'none'} |",
              f"| format | {kind} |", f"| attention | {attention} |", f"| logit shift | {rules.logit_shift} |",
              f"| mask, EOS, padding | {policy.mask_id}, {policy.eos_id}, {policy.pad_id} |", ""]
-    return "\n".join([*head, *facts, *_evaluation(results), *_usage(kind)]) + "\n"
+    return "\n".join([*head, *facts, *evaluation_table(results), *_usage(kind)]) + "\n"
 
 
-def _evaluation(results: dict[str, Any]) -> list[str]:
+def evaluation_table(results: dict[str, Any]) -> list[str]:
+    """The lines of a model card about the content of a results.json; of anything else it raises one of Python's errors."""
     if not results:
         return []
     lines = ["## Evaluation", "", "| task | protocol | metric | prompts | value | 95 % interval |", "|---" * 6 + "|"]
