@@ -235,9 +235,25 @@ def test_commands_take_a_run_with_an_adapter(folder: Path) -> None:
     common_ones = ("plugins=[varied.py]", "task=varied", "model.path=run")
     text = good(folder, "evaluate", *common_ones, "evaluation.num_prompts=2", "run_dir=evaluated")
     assert "tokens: mask <|mask|> 260" in text
-    good(folder, "generate", *common_ones, "model=auto", "count=1")
-    good(folder, "rollout", *common_ones, "model=auto", "num_prompts=1", "group_size=2", "output=scored.jsonl")
+    text = good(folder, "generate", *common_ones, "model=auto", "count=1")
+    assert "tokens: mask <|mask|> 260" in text and "first prompt (chat template" in text
+    text = good(folder, "rollout", *common_ones, "model=auto", "num_prompts=1", "group_size=2", "output=scored.jsonl")
+    assert "tokens: mask <|mask|> 260" in text and "train 0" in text.split("first prompt (chat template")[1]
     assert (folder / "scored.jsonl").is_file()
+
+
+def test_fine_tuning_shows_a_prompt_and_how_a_completion_ends(folder: Path) -> None:
+    write_checkpoint("dream", folder / "base")
+    sft = ("sft", "plugins=[varied.py]", "task=varied", "supervised.steps=1", "supervised.batch_size=2", "model=auto",
+           "model.path=base")
+    text = good(folder, *sft, "run_dir=chat")
+    assert "tokens: mask <|mask|> 260, EOS <|endoftext|> 256" in text
+    assert "'<|im_start|>user\\ntrain 0<|im_end|>\\n<|im_start|>assistant\\n'" in text
+    assert "first completion (6 tokens, then EOS up to 8) ends: 'bdbd<|im_end|><|endoftext|>'" in text
+    text = good(folder, *sft, "run_dir=plain", "model.chat_template=false")
+    assert "first completion (5 tokens, then EOS up to 8) ends: 'bdbd<|endoftext|>'" in text
+    text = good(folder, *sft, "run_dir=short", "model.chat_template=false", "task.completion_length=4")
+    assert "first completion (4 tokens, the whole canvas) ends: 'bdbd'" in text
 
 
 def test_a_penalty_refers_to_the_network_without_its_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 
 from dllm_rl.commands import common
 from dllm_rl.errors import UserError, check
@@ -54,7 +55,7 @@ def _write(policy: Policy, folder: Path, kind: str, card: str) -> list[str]:
         (temporary / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"output={folder}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -308,6 +308,13 @@ class Policy:
         layout = "chat template" if self.chat else "plain text"
         return f"tokens: {', '.join(tokens)}\nfirst prompt ({layout}, {len(ids)} tokens): {shown}"
 
+    def ending(self, completion: str, length: int) -> str:
+        """One line on how a completion to learn ends, as the model sees it."""
+        row = self.encode_completions([completion], length)[0].tolist()
+        end = row.index(self.eos_id) + 1 if self.eos_id in row else length
+        rest = f"then EOS up to {length}" if end < length else "the whole canvas"
+        return f"first completion ({end} tokens, {rest}) ends: {self.tokenizer.decode(row[:end])[-75:]!r}"
+
 
 class WithoutAdapter:
     """A policy as it is without its LoRA adapter: the model that training started from, without a second copy."""
