@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dllm_rl.commands import common
 from dllm_rl.errors import UserError
+from dllm_rl.memory import SavedBytes
 from dllm_rl.models.adapter import LoRAConfig
 from dllm_rl.models.policy import Policy, WithoutAdapter, load_policy
 from dllm_rl.models.pretrained import PretrainedModel
@@ -86,6 +87,27 @@ def test_only_the_adapter_is_trained_and_without_it_the_network_is_the_base(tmp_
     assert torch.equal(found.view_as(before), before) and not found.requires_grad
     assert torch.equal(logits_of(policy, prompts, canvas), after), "the adapter is back"
     assert [name for name, parameter in policy.network.named_parameters() if parameter.requires_grad] == trained
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_gradient_checkpointing_leaves_the_gradients_of_an_adapter(tmp_path: Path, family: str) -> None:
+    """The embeddings take no gradient, so that nothing before the first adapter does."""
+    write_checkpoint(family, tmp_path)
+    prompts, canvas = sequences(family)
+    found = []
+    for checkpointing in (False, True):
+        model = PretrainedModel(path=str(tmp_path), gradient_checkpointing=checkpointing, lora=LoRAConfig(r=2))
+        policy = model.build([], 0)
+        disturb(policy)
+        batch = policy.pad_prompts([row.tolist() for row in prompts], torch.arange(4))
+        with SavedBytes() as saved:
+            policy.logits(batch, canvas, torch.ones_like(canvas, dtype=torch.bool))[:, :200].logsumexp(-1).sum().backward()
+        trained = {name: parameter.grad for name, parameter in policy.network.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 2 * 7 * 2 and all(grad.abs().max() > 0 for grad in trained.values())
+        found.append((trained, saved.peak))
+    (plain, more), (checkpointed, less) = found
+    assert all(torch.equal(grad, checkpointed[name]) for name, grad in plain.items())
+    assert less < 0.8 * more
 
 
 def test_a_frozen_copy_shares_the_base(tmp_path: Path) -> None:
