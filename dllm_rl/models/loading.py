@@ -204,7 +204,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index where there is one."""
     if (folder / INDEX).is_file():
         places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        check(isinstance(places, dict), f"{INDEX}: weight_map", places, "an object from tensors to files")
+        check(isinstance(places, dict), f"{folder / INDEX}: weight_map", places, "an object from tensors to files")
         return [folder / name for name in sorted({*map(str, places.values())})]
     return sorted(folder.glob("*.safetensors"))
 
@@ -217,7 +217,7 @@ def stored_dtypes(folder: Path) -> dict[str, tuple[str, int]]:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
                 part = tensors.get_slice(name)
                 kind = part.get_dtype()
-                check(kind in PRECISIONS, f"{file.name}: precision of {name}", kind, ", ".join(PRECISIONS))
+                check(kind in PRECISIONS, f"{file}: precision of {name}", kind, ", ".join(PRECISIONS))
                 found[name] = PRECISIONS[kind], math.prod(part.get_shape())
     return found
 
