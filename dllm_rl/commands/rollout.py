@@ -49,6 +49,7 @@ def sampled(settings: common.Settings) -> list[dict[str, Any]]:
     prompts = list(task.prompts(settings["split"]))[:count]
     policy = common.build_policy(settings)
     policy.network.to(common.accelerator_for_one_process().device)
+    common.introduce(policy, prompts[0])
     grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
     rows, ungraded = [], 0
     for start in track(range(0, len(prompts), PROMPTS_AT_ONCE), "sampling", transient=True):
