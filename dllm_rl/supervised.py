@@ -76,11 +76,15 @@ def finetune(run: FineTuning) -> None:
 def demonstration_batch(run: FineTuning, step: int) -> Completions:
     """The demonstrations of a step: fresh ones every step, a pure function of (seed, step)."""
     size, length = run.config.batch_size, run.task.completion_length
-    # Seeds of different runs and steps must not meet: a run has fewer than 2^32 steps.
-    demonstrations = allowed_demonstrations(run.task, size, (run.seed << 32) + step, run.leaked)
+    demonstrations = allowed_demonstrations(run.task, size, step_seed(run.seed, step), run.leaked)
     prompts = run.policy.encode_prompts([item.prompt for item in demonstrations], torch.arange(size))
     ids = run.policy.encode_completions([item.completion for item in demonstrations], length)
     return Completions(prompts.ids, prompts.mask, prompts.sample_ids, ids, torch.zeros_like(ids))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step. Those of different runs and steps must not meet: a run has fewer than 2^32 steps."""
+    return (seed << 32) + step
 
 
 def allowed_demonstrations(task: Task, count: int, seed: int, leaked: frozenset[str]) -> list[Demonstration]:

@@ -7,11 +7,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from torch import Tensor
 from transformers.utils import logging
 
+from dllm_rl.config import GROUPS
+from dllm_rl.models.families import FAMILIES
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.tiny import TinyModel
 from dllm_rl.objectives.base import LossInputs
@@ -53,6 +58,19 @@ def loss_inputs(
         region=torch.ones(batch, length, dtype=torch.bool) if region is None else region,
         num_samples=num_samples or samples,
     )
+
+
+@pytest.fixture(autouse=True)
+def _own_plugins() -> Iterator[None]:
+    """What a test's plugins add is gone after it."""
+    store, families = ConfigStore.instance().repo, dict(FAMILIES)
+    known = {group: {*store.get(group, {})} for group in GROUPS}
+    yield
+    for group, names in known.items():
+        for name in {*store.get(group, {})} - names - {f"{own}.yaml" for own in GROUPS[group]}:
+            del store[group][name]
+    FAMILIES.clear()
+    FAMILIES.update(families)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.tiny import build_tokenizer
 from dllm_rl.run_folder import weights_digest
 from tests.conftest import make_completions, make_policy
+from tests.original_models import write_checkpoint
 from tests.test_cli import SMALL, dllm, good
 
 RANK, ALPHA = 3, 12
@@ -108,6 +109,54 @@ def test_an_adapter_of_an_adapter(tmp_path: Path, base: Path, adapter: Path) -> 
     folders = (tmp_path / "second", adapter, base)
     twice, once, plain = (load_policy(str(folder)).network.model.layers[0].mlp.down_proj.weight for folder in folders)
     torch.testing.assert_close(twice - once, once - plain, rtol=0, atol=1e-6)
+
+
+def test_shared_weights_are_not_changed_at_one_end_only(tmp_path: Path) -> None:
+    """The head of tied embeddings: an addition to it would change what the model reads as well."""
+    write_checkpoint("llada", tmp_path / "base", tied=True)
+    load_policy(str(tmp_path / "base")).save(tmp_path / "native")
+    for target in ("lm_head", "embed_tokens"):
+        make_adapter(tmp_path / "native", tmp_path / target, target_modules=["q_proj", target])
+        with pytest.raises(UserError, match=r"would change the embeddings and the output head, which share their weights"):
+            load_policy(str(tmp_path / target))
+    make_adapter(tmp_path / "native", tmp_path / "fine", target_modules=["q_proj"])
+    load_policy(str(tmp_path / "fine"))
+
+
+ORIGINAL_TARGETS = {"list": ["q_proj", "attn_out", "ff_out"], "regex": r".*\.(q_proj|attn_out|ff_out)"}
+
+
+@pytest.mark.parametrize("targets", ORIGINAL_TARGETS.values(), ids=ORIGINAL_TARGETS)
+def test_an_adapter_with_the_names_of_the_published_code(tmp_path: Path, targets: object) -> None:
+    """As peft saves it with LLaDA's own code: `ff_out` is a layer's down-projection and the output head."""
+    weights = write_checkpoint("llada", tmp_path / "base")
+    names = [name for name in weights if name.split(".")[-2] in ORIGINAL_TARGETS["list"]]
+    assert len(names) == 2 * 3 + 1
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name in names:
+        (rows, columns), stem = weights[name].shape, f"base_model.model.{name.removesuffix('.weight')}"
+        found[f"{stem}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / 10
+        found[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) / 10
+        weights[name] = weights[name] + ALPHA / RANK * found[f"{stem}.lora_B.weight"] @ found[f"{stem}.lora_A.weight"]
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
+    config.base_model_name_or_path = str(tmp_path / "base")
+    config.save_pretrained(str(tmp_path / "adapter"))
+    save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
+    merged = load_policy(str(tmp_path / "adapter"))
+    shutil.copytree(tmp_path / "base", tmp_path / "whole")
+    save_file(weights, tmp_path / "whole" / "model.safetensors")
+    whole = load_policy(str(tmp_path / "whole"))
+    for (name, a), (_, b) in zip(merged.network.named_parameters(), whole.network.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6, msg=name)
+    assert merged.rules.family == "llada"
+
+    rewrite(tmp_path / "adapter", lambda weights: {
+        name: value for name, value in weights.items() if "blocks.1.attn_out" not in name})
+    with pytest.raises(UserError, match=r"o_proj\.lora_A\.weight is only in one of them"):
+        load_policy(str(tmp_path / "adapter"))
+    edit(tmp_path / "adapter", alpha_pattern={"attn_out": 3})
+    with pytest.raises(UserError, match="alpha_pattern must be empty"):
+        load_policy(str(tmp_path / "adapter"))
 
 
 def test_the_base_must_see_both_directions(base: Path, adapter: Path) -> None:

@@ -35,6 +35,7 @@ EVERY: list[Likelihood] = [
     StratifiedCounts(num_samples=4), Bernoulli(num_samples=4), Quadrature(num_samples=6), Coupled(num_samples=4),
     CoupledFull(num_samples=6), OneStep(num_samples=2), Block(num_samples=4, block_length=2, clean_mask_prob=0.3),
     Block(num_samples=4, block_length=2, scored="masked", clean_mask_prob=0.3), Trajectory(num_samples=2),
+    Block(num_samples=4, block_length=3, count_from="prompt"),
     LeftToRight(num_samples=2),
 ]
 
@@ -54,11 +55,13 @@ def estimates(model: TableDenoiser, likelihood: Likelihood, completions: Complet
     return torch.stack(terms).mean(0)
 
 
-def block_elbo(model: TableDenoiser, ids: list[int], region: int, block: int) -> float:
-    """Σ over blocks of the exact ELBO of the block, earlier blocks visible and later ones hidden."""
+def block_elbo(model: TableDenoiser, ids: list[int], region: int, block: int, before: int = 0) -> float:
+    """Σ over blocks of the exact ELBO of the block, earlier blocks visible and later ones hidden.
+
+    The first block has `before` tokens of the prompt."""
     total = 0.0
-    for start in range(0, region, block):
-        inside = range(start, min(start + block, region))
+    for start in range(-before, region, block):
+        inside = range(max(start, 0), min(start + block, region))
         later = tuple(range(inside.stop, len(ids)))
         for k in range(1, len(inside) + 1):
             for subset in combinations(inside, k):
@@ -78,6 +81,8 @@ def in_slices(model: TableDenoiser, ids: list[int], slices: list[int]) -> float:
 def exact_value(model: TableDenoiser, name: str, region: int) -> float:
     if name == "block":
         return block_elbo(model, IDS, region, 2)
+    if name == "block, from the prompt":
+        return block_elbo(model, IDS, region, 3, before=2)
     if name == "trajectory":
         return in_slices(model, IDS, STEPS)
     if name == "left_to_right":
@@ -90,6 +95,7 @@ def exact_value(model: TableDenoiser, name: str, region: int) -> float:
     ("bernoulli", Bernoulli(num_samples=4, min_ratio=1e-3)), ("quadrature", Quadrature(num_samples=3)),
     ("coupled", Coupled(num_samples=2)), ("coupled, two pairs", Coupled(num_samples=4)),
     ("block", Block(num_samples=2, block_length=2)), ("trajectory", Trajectory(num_samples=3)),
+    ("block, from the prompt", Block(num_samples=2, block_length=3, count_from="prompt")),
     ("left_to_right", LeftToRight(num_samples=3)),
 ])
 def test_estimators_are_unbiased(name: str, likelihood: Likelihood, region: str) -> None:
@@ -295,6 +301,7 @@ def test_draws_depend_on_nothing_but_their_key(likelihood: Likelihood) -> None:
     (lambda: OneStep(prompt_mask_prob=2.0), r"likelihood\.prompt_mask_prob=2\.0"),
     (lambda: Block(scored="all"), r"likelihood\.scored=all: must be block or masked"),
     (lambda: Block(block_length=0), r"likelihood\.block_length=0"),
+    (lambda: Block(count_from="end"), r"likelihood\.count_from=end: must be completion or prompt"),
     (lambda: Trajectory(steps_per_slice=0), r"likelihood\.steps_per_slice=0"),
 ])
 def test_bad_values_name_their_key(make: type, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,97 @@ def test_a_round_trip_is_bit_identical(tmp_path: Path, family: str, dtype: torch
     prompts, canvas = sequences(family)
     found = [logits_of(load_policy(str(tmp_path / name)), prompts, canvas) for name in ("original", "exported")]
     assert torch.equal(*found)
+
+
+def restore(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Replaces the weights of a checkpoint of one file by what `change` makes of them."""
+    weights = change(tensors(folder))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+HEADS = {"llada": ("model.transformer.wte.weight", "model.transformer.ff_out.weight")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_head_of_tied_embeddings_is_written_back(tmp_path: Path, family: str) -> None:
+    """Qwen3-1.7B and what was made from it have `lm_head.weight` in their files although config.json ties it."""
+    write_checkpoint(family, tmp_path / "original", tied=True)
+    embeddings, head = HEADS.get(family, ("model.embed_tokens.weight", "lm_head.weight"))
+    weights = restore(tmp_path / "original", lambda found: found | {head: found[embeddings].clone()})
+    load_policy(str(tmp_path / "original")).save(tmp_path / "ours")
+    good(tmp_path, "export", "model.path=ours", "output=exported", "format=original")
+    assert same(tensors(tmp_path / "exported"), weights)
+    restore(tmp_path / "original", lambda found: found | {head: found[embeddings] + 1})
+    message = bad(tmp_path, "export", "model.path=original", "output=other")
+    assert "model.path=original: config.json ties the output head" in message and "tie_word_embeddings" in message
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_keeps_its_own_precision(tmp_path: Path, family: str) -> None:
+    """Matrices in 16 bits with norms in 32."""
+    write_checkpoint(family, tmp_path / "original")
+    weights = restore(tmp_path / "original", lambda found: {
+        name: tensor if tensor.ndim == 1 else tensor.bfloat16() for name, tensor in found.items()})
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16, torch.float32}
+    good(tmp_path, "export", "model.path=original", "output=native")
+    for name in ("original", "native"):
+        good(tmp_path, "export", f"model.path={name}", f"output=from-{name}", "format=original")
+        assert same(tensors(tmp_path / f"from-{name}"), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_format_keeps_the_stored_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_checkpoint("llada", tmp_path / "original", dtype=dtype)
+    good(tmp_path, "export", "model.path=original", "output=exported")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "exported").values()} == {dtype}
+    good(tmp_path, "export", "model.path=original", "output=half", "model.dtype=float16")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "half").values()} == {torch.float16}
+
+
+def test_only_files_of_the_checkpoint_are_copied(tmp_path: Path) -> None:
+    """The export lies inside the original's folder, among what people leave there."""
+    original = tmp_path / "original"
+    write_checkpoint("llada", original)
+    for name in (".git/config", ".cache/huggingface/tokenizer.json", "sub/modeling.py", "modeling_llada.py.bak",
+                 "model.gguf", "tokenizer.json.bak", "training.log", "pytorch_model.bin"):
+        (original / name).parent.mkdir(parents=True, exist_ok=True)
+        (original / name).write_text("left here")
+    for name in ("modeling_llada.py", "LICENSE", "generation_config.json", "special_tokens_map.json"):
+        (original / name).write_text("{}")
+    good(tmp_path, "export", "model.path=original", "output=original/exported", "format=original")
+    assert {path.name for path in (original / "exported").iterdir()} == {
+        "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modeling_llada.py",
+        "LICENSE", "generation_config.json", "special_tokens_map.json"}
+
+
+@pytest.mark.parametrize("way", ["another model at the path", "a folder of that name here"])
+def test_files_of_another_model_are_not_copied(tmp_path: Path, way: str) -> None:
+    write_checkpoint("dream", tmp_path / "base")
+    good(tmp_path, "export", "model.path=base", "output=native")
+    load_policy(str(tmp_path / "base")).save(tmp_path / "ours")
+    (tmp_path / "base" / "strange.py").write_text("strange")
+    if way == "another model at the path":
+        config = json.loads((tmp_path / "base" / "config.json").read_text())
+        (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "initializer_range": 0.03}))
+    source = {"another model at the path": "ours", "a folder of that name here": "native"}[way]
+    text = good(tmp_path, "export", f"model.path={source}", "output=exported", "format=original")
+    assert "note: the tokenizer's files are as transformers writes them" in text
+    assert not (tmp_path / "exported" / "strange.py").exists()
+    load_policy(str(tmp_path / "exported"))
+
+
+def test_files_of_a_base_on_the_hub_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the network."""
+    write_checkpoint("llada", tmp_path / "cache")
+    asked: list[Any] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, **more: asked.append((name, more)) or str(tmp_path / "cache"))
+    text = good(tmp_path, "export", "model.path=owner/base", "output=exported", "format=original")
+    assert asked[-1] == ("owner/base", {"local_files_only": True})
+    exported, cached = (tmp_path / name / "tokenizer.json" for name in ("exported", "cache"))
+    assert exported.read_bytes() == cached.read_bytes()
+    assert "note: code that config.json names is not here: copy it from owner/base" in text
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -131,11 +223,20 @@ def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "push=owner/name: cannot be written on the hub (no token)" in message and (tmp_path / "again").is_dir()
 
 
+ROW = {"metric": "reward", "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
+WRONG_RESULTS = [[1, 2], {"sudoku": {"accuracy": 1.0}}, {"sudoku": {"metrics": [{"metric": "reward"}]}}, {"sudoku": 3}, 7,
+                 {"sudoku": {"metrics": [{**ROW, "value": "high"}]}}, {"sudoku": {"metrics": [{**ROW, "low": None}]}}]
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], ["output=None"]), (["output=there"], ["output=there: is there already", "overwrite=true"]),
     (["output=mine", "overwrite=true"], ["output=mine: holds no exported model"]),
     (["output=new", "format=gguf"], ["format=gguf: must be native or original"]),
     (["output=new", "results=nowhere.json"], ["results=nowhere.json"]),
+    *((["output=new", f"results=wrong/{number}.json"], [f"results=wrong/{number}.json: must be a results.json of dllm-rl"])
+      for number in range(len(WRONG_RESULTS))),
+    (["output=afile/sub"], ["output=afile/sub: must be a folder to write: ", "afile is a file"]),
+    (["output=afile/sub/deep"], ["output=afile/sub/deep: must be a folder to write"]),
     (["output=new", "model.path=tiny", "format=original"], ["format=original: must be native"]),
     (["output=new", "model.lora.r=2"], ["model.lora.r=2: must be 0"]),
 ])
@@ -145,10 +246,27 @@ def test_mistakes_leave_nothing(tmp_path: Path, arguments: list[str], words: lis
     good(tmp_path, "export", "model.path=original", "output=there")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "novel.txt").write_text("chapter one")
+    (tmp_path / "afile").write_text("a file")
+    (tmp_path / "wrong").mkdir()
+    for number, content in enumerate(WRONG_RESULTS):
+        (tmp_path / "wrong" / f"{number}.json").write_text(json.dumps(content))
     before = sorted(path for path in tmp_path.rglob("*"))
     message = bad(tmp_path, "export", "model.path=original", *arguments)
     assert all(word in message for word in words), message
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint("llada", tmp_path / "original")
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dllm_rl.models.export.save_torch_state_dict", full)
+    message = bad(tmp_path, "export", "model.path=original", "output=new", "format=original")
+    assert "output=new: cannot be written" in message and "No space left" in message
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_family_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,3 +313,5 @@ def test_every_named_model_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     good(tmp_path, "generate", f"model={name}", "task=sudoku", "count=1")
     assert asked[0].count("/") == 1 and built[0].rules.family == family
     assert {parameter.dtype for parameter in built[0].network.parameters()} == {torch.bfloat16}
+    # Tokenizers of base models come with a template as well, for turns that the models were never trained on.
+    assert built[0].tokenizer.chat_template and built[0].chat == ("base" not in name)

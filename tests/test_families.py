@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dllm_rl.errors import UserError
-from dllm_rl.memory import SavedBytes
-from dllm_rl.models import loading
-from dllm_rl.models.adapter import LoRAConfig
 from dllm_rl.models.families import FAMILIES as TABLE
 from dllm_rl.models.families import Family, recognise
-from dllm_rl.models.loading import LoadOptions, empty_network, load, native_config
+from dllm_rl.models.loading import empty_network, load, native_config
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.models.pretrained import PretrainedModel
+from dllm_rl.task import Prompt
 from dllm_rl.types import PromptBatch
 from tests.original_models import BLOCK, FAMILIES, MASK, expected_logits, original_config, shapes, token_id, write_checkpoint
 
@@ -42,23 +40,39 @@ SDAR_8B = original_config("sdar") | {
     "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 32768, "mask_token_id": 151669,
 }
 """The sizes of Qwen3-8B, from which SDAR-8B was made."""
-PUBLISHED = {"llada": LLADA_8B, "dream": DREAM_7B, "sdar": SDAR_8B}
-PARAMETERS = {"llada": 8_015_581_184, "dream": 7_615_616_512}
-"""LLaDA-8B: total_size 16,031,162,368 bytes of its index, two per parameter; Dream-7B: that of Qwen2.5-7B."""
+SDAR_1_7B = SDAR_8B | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 16, "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+}
+"""The sizes of Qwen3-1.7B."""
+LAYER_8B = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 12288 * 4096 + 2 * 4096 + 2 * 128
+"""Queries and output, keys and values, the three of the MLP, two norms, two norms of a head."""
+LAYER_1_7B = 2 * 2048 * 2048 + 2 * 1024 * 2048 + 3 * 6144 * 2048 + 2 * 2048 + 2 * 128
+PUBLISHED = {
+    # total_size 16,031,162,368 bytes of its index, two per parameter
+    "LLaDA-8B": ("llada", LLADA_8B, 8_015_581_184),
+    # that of Qwen2.5-7B
+    "Dream-7B": ("dream", DREAM_7B, 7_615_616_512),
+    "SDAR-8B": ("sdar", SDAR_8B, 36 * LAYER_8B + 2 * 151936 * 4096 + 4096),
+    "SDAR-1.7B": ("sdar", SDAR_1_7B, 28 * LAYER_1_7B + 151936 * 2048 + 2048),
+}
+"""Family, config.json and number of parameters."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_published_key_has_a_place_and_every_parameter_a_key(family: str) -> None:
-    config = PUBLISHED[family]
+@pytest.mark.parametrize(("family", "config", "parameters"), PUBLISHED.values(), ids=PUBLISHED)
+def test_every_published_key_has_a_place_and_every_parameter_a_key(
+    family: str, config: dict[str, Any], parameters: int
+) -> None:
     record = recognise(config, "here")
     assert record is TABLE[family]
     network = empty_network(native_config(config, record))
+    network.tie_weights()
     ours = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     assert all(parameter.is_meta for parameter in network.parameters())
     published = shapes(family, config)
     assert {record.to_native(name): shape for name, shape in published.items()} == ours
     assert {record.to_original(name): shape for name, shape in ours.items()} == published
-    assert sum(torch.Size(shape).numel() for shape in ours.values()) == PARAMETERS.get(family, network.num_parameters())
+    assert sum(torch.Size(shape).numel() for shape in ours.values()) == parameters
 
 
 def test_foreign_keys_have_no_place() -> None:
@@ -114,6 +128,42 @@ def test_neither_padding_nor_the_batch_changes_logits(tmp_path: Path, family: st
     if family == "sdar":  # what is right of a block does not change it: prompt of 3, so that the first block ends after one
         longer = torch.cat([canvas, canvas[:, :3]], dim=1)
         torch.testing.assert_close(logits_of(policy, prompts[:1], longer[:1])[0, :9], found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_may_be_padded_on_the_right(tmp_path: Path, family: str) -> None:
+    """Or on both sides: where a row starts and ends is what its mask says."""
+    write_checkpoint(family, tmp_path)
+    policy = load_policy(str(tmp_path))
+    prompts, canvas = sequences(family)
+    expected = logits_of(policy, prompts, canvas)
+    width = max(len(row) for row in prompts) + 2
+    for starts in ([0] * len(prompts), [width - len(row) - 1 for row in prompts]):
+        ids, mask = torch.full((len(prompts), width), policy.pad_id), torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            ids[row, start : start + len(prompt)] = prompt
+            mask[row, start : start + len(prompt)] = True
+        batch = PromptBatch(ids, mask, torch.arange(len(prompts)))
+        for positions in (torch.ones_like(canvas, dtype=torch.bool), torch.arange(9).expand_as(canvas) % 4 == 0):
+            with torch.no_grad():
+                found = policy.logits(batch, canvas, positions)
+            torch.testing.assert_close(found, expected[positions], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_token_does_not_come_from_text(tmp_path: Path, family: str) -> None:
+    write_checkpoint(family, tmp_path)
+    for chat in (True, False):
+        policy = PretrainedModel(path=str(tmp_path), chat_template=chat).build([], 0)
+        policy.encode_prompts(["mask"], torch.arange(1))
+        text, words = f"what is {MASK[family]}?", f"has the text {MASK[family]}, which is this model's mask token"
+        with pytest.raises(UserError, match=re.escape(f"prompt '{text}': {words}")):
+            policy.encode_prompts([text], torch.arange(1))
+        with pytest.raises(UserError, match=re.escape(f"completion '{text}': {words}")):
+            policy.encode_completions(["fine", text], 20)
+        for more in ({"text": text}, {"text": "a", "shots": ((text, "b"),)}, {"text": "a", "prefill": text}):
+            with pytest.raises(UserError, match=re.escape(f"prompt test/3: {words}")):
+                policy.encode_prompts([Prompt("test/3", **more)], torch.arange(1))
 
 
 def test_blocks_are_counted_from_the_start_of_the_prompt(tmp_path: Path) -> None:
@@ -206,85 +256,6 @@ def edit(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_weights_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At no time is there more of the checkpoint than one tensor beside the network."""
-    write_checkpoint("llada", tmp_path, shards=2, dtype=torch.bfloat16)
-    live: list[int] = []
-    place = loading.place
-
-    def counting(network: Any, name: str, tensor: Tensor, *rest: Any) -> None:
-        live.append(sum(parameter.numel() for parameter in network.parameters() if not parameter.is_meta))
-        place(network, name, tensor, *rest)
-        parameter = network.get_parameter(name)
-        assert parameter.dtype == torch.float32 and parameter.untyped_storage().nbytes() == 4 * parameter.numel()
-        assert parameter.data_ptr() != tensor.data_ptr()
-
-    monkeypatch.setattr(loading, "place", counting)
-    network, _ = load(str(tmp_path))
-    sizes = [parameter.numel() for parameter in network.parameters()]
-    steps = [after - before for before, after in zip(live, [*live[1:], sum(sizes)], strict=True)]
-    assert live[0] == 0 and sorted(steps) == sorted(sizes), "every tensor enters once, by itself"
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_precision(tmp_path: Path, dtype: str) -> None:
-    weights = write_checkpoint("dream", tmp_path)
-    policy = PretrainedModel(path=str(tmp_path), dtype=dtype).build([], 0)
-    wanted = getattr(torch, dtype)
-    assert {parameter.dtype for parameter in policy.network.parameters()} == {wanted}
-    assert torch.equal(policy.network.lm_head.weight, weights["lm_head.weight"].to(wanted))
-    assert policy.network.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-def drop(folder: Path, name: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights[name]
-    save_file(weights, folder / "model.safetensors")
-
-
-def add(folder: Path, name: str, shape: tuple[int, ...]) -> None:
-    save_file(load_file(folder / "model.safetensors") | {name: torch.zeros(shape)}, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda folder: edit(folder, architectures=["OtherLM"], model_type="other"),
-     ["the architecture OtherLM", "llada, dream, sdar", "docs/add_a_family.md"]),
-    (lambda folder: edit(folder, n_layers=None), ["config.json: has no n_layers"]),
-    (lambda folder: edit(folder, alibi=True), ["config.json: alibi=True: must be False"]),
-    (lambda folder: edit(folder, include_bias=True), ["config.json: include_bias=True: must be False"]),
-    (lambda folder: drop(folder, "model.transformer.blocks.1.ff_proj.weight"), ["no model.layers.1.mlp.gate_proj.weight"]),
-    (lambda folder: add(folder, "model.transformer.blocks.1.q_norm.weight", (4,)),
-     ["model.transformer.blocks.1.q_norm.weight, which the architecture does not"]),
-    (lambda folder: add(folder, "model.transformer.ln_f.weight", (31,)), ["ln_f.weight has the shape [31]; must be [32]"]),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"xx"), ["cannot be loaded"]),
-    (lambda folder: (folder / "config.json").write_text("{"), ["cannot be loaded"]),
-    (lambda folder: (folder / "tokenizer.json").unlink(), ["has no tokenizer.json"]),
-])
-def test_mistakes_are_named(tmp_path: Path, damage: Any, words: list[str]) -> None:
-    write_checkpoint("llada", tmp_path)
-    damage(tmp_path)
-    with pytest.raises(UserError) as raised:
-        load_policy(str(tmp_path))
-    message = str(raised.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(("fields", "message"), [
-    ({"dtype": "int8"}, r"model\.dtype=int8"), ({"attn_implementation": "fast"}, r"model\.attn_implementation=fast"),
-    ({"block_length": 0}, r"model\.block_length=0"), ({"quantization": "int4"}, r"model\.quantization=int4"),
-    ({}, r"model\.path=None: must be"),
-])
-def test_bad_settings_name_their_key(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        PretrainedModel(**fields).build([], 0)
-
-
-def test_blocks_are_for_block_causal_families(tmp_path: Path) -> None:
-    write_checkpoint("llada", tmp_path)
-    with pytest.raises(UserError, match=r"model\.block_length=4: must be null with the family llada"):
-        PretrainedModel(path=str(tmp_path), block_length=4).build([], 0)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_format_is_a_plain_model_of_transformers(tmp_path: Path, family: str) -> None:
     write_checkpoint(family, tmp_path / "original", dtype=torch.bfloat16)
@@ -336,48 +307,3 @@ def test_remote_code_is_never_trusted() -> None:
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py"), *(PACKAGE.parent / "conf").rglob("*.yaml")]
     assert len(files) > 50
     assert not [file for file in files if "trust_remote_code" in file.read_text()]
-
-
-def test_gradient_checkpointing_saves_memory_and_changes_nothing(tmp_path: Path) -> None:
-    write_checkpoint("dream", tmp_path)
-    prompts, canvas = sequences("dream")
-    gradients, peaks = [], []
-    for checkpointing in (False, True):
-        policy = PretrainedModel(path=str(tmp_path), gradient_checkpointing=checkpointing).build([], 0)
-        batch = policy.pad_prompts([row.tolist() for row in prompts], torch.arange(4))
-        with SavedBytes() as saved:
-            kept = policy.logits(batch, canvas, torch.ones_like(canvas, dtype=torch.bool))[:, :200]
-            kept.logsumexp(-1).sum().backward()
-        peaks.append(saved.peak)
-        gradients.append([parameter.grad.clone() for parameter in policy.network.parameters()])
-        assert not any(module.training for module in policy.network.modules() if "Layer" not in type(module).__name__)
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert peaks[1] < 0.7 * peaks[0]
-
-
-def test_a_second_load_is_the_same(tmp_path: Path) -> None:
-    write_checkpoint("sdar", tmp_path)
-    one, two = (load(str(tmp_path), options=LoadOptions())[0] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
-def test_compiled_layers_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as torch.compile does it; only the code generator, which needs a compiler, is left out."""
-    write_checkpoint("dream", tmp_path)
-    prompts, canvas = sequences("dream")
-    plain = logits_of(load_policy(str(tmp_path)), prompts, canvas)
-    graphs: list[Any] = []
-    real = torch.compile
-
-    def backend(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda model, **more: real(model, backend=backend, **more))
-    policy = PretrainedModel(path=str(tmp_path), compile=True).build([], 0)
-    torch.testing.assert_close(logits_of(policy, prompts, canvas), plain, rtol=0, atol=1e-5)
-    assert graphs
-    policy.save(tmp_path / "saved")
-    assert torch.equal(logits_of(load_policy(str(tmp_path / "saved")), prompts, canvas), plain)
-    adapted = PretrainedModel(path=str(tmp_path), compile=True, lora=LoRAConfig(r=2)).build([], 0)
-    torch.testing.assert_close(logits_of(adapted, prompts, canvas), plain, rtol=0, atol=1e-5)

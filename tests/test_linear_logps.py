@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GraniteConfig, GraniteForCausalLM
 
@@ -191,6 +194,29 @@ def test_an_update_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, lora:
     layers = 48 * (completions.prompt_ids.shape[1] + 8) * 64  # every token of the chunk, as wide as the feed-forward layer
     assert largest[16 * words].numel <= max(16 * words, weights, layers)
     assert largest[16 * words].numel < 0.5 * largest[10**9].numel
+
+
+def test_sharded_weights_are_read_and_get_their_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2: the head's weight is whole only within the network's own forward pass."""
+    completions, found = make_completions(make_policy()), []
+    monkeypatch.setattr(module, "AT_ONCE", 500)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            policy = make_policy(torch.float32)
+            if sharded:
+                mesh = init_device_mesh("cpu", (1,))
+                for part in (*policy.network.model.layers, policy.network):
+                    fully_shard(part, mesh=mesh)
+            engine = Engine(completions, Masks(StratifiedCounts(num_samples=2), seed=0, step=0), micro_samples=5)
+            engine.backward(policy, ELBORatio(), ADVANTAGES.float(), Totals(6, 48, 8))
+            grads = [parameter.grad for parameter in policy.network.parameters()]
+            assert all(isinstance(grad, DTensor) == sharded for grad in grads)
+            whole = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+            found.append(torch.cat([grad.flatten() for grad in whole]))
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_reference_without_adapter_scores_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

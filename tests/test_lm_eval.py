@@ -127,13 +127,13 @@ def test_nothing_but_the_request_changes_an_answer(make: Callable[..., MaskedDif
 def test_the_choices_of_a_question_share_their_masks(make: Callable[..., MaskedDiffusionLM]) -> None:
     lm = make(num_samples=4)
     seen: list[Tensor] = []
-    logits_of = lm.policy.logits
+    logps_of = lm.policy.logps
 
-    def spy(prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
+    def spy(prompts: PromptBatch, canvas: Tensor, positions: Tensor, *more: Any) -> Tensor:
         seen.append(positions)
-        return logits_of(prompts, canvas, positions)
+        return logps_of(prompts, canvas, positions, *more)
 
-    lm.policy.logits = spy  # type: ignore[method-assign]
+    lm.policy.logps = spy  # type: ignore[method-assign]
     ask(lm, "loglikelihood", ("Q", " first"), ("Q", " other"), ("R", " other"))
     masks = [call for call in seen if not call.all()]
     assert masks and all(torch.equal(call[0], call[1]) for call in masks)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dllm_rl.commands import common
 from dllm_rl.errors import UserError
+from dllm_rl.memory import SavedBytes
 from dllm_rl.models.adapter import LoRAConfig
 from dllm_rl.models.policy import Policy, WithoutAdapter, load_policy
 from dllm_rl.models.pretrained import PretrainedModel
@@ -86,6 +87,27 @@ def test_only_the_adapter_is_trained_and_without_it_the_network_is_the_base(tmp_
     assert torch.equal(found.view_as(before), before) and not found.requires_grad
     assert torch.equal(logits_of(policy, prompts, canvas), after), "the adapter is back"
     assert [name for name, parameter in policy.network.named_parameters() if parameter.requires_grad] == trained
+
+
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+def test_gradient_checkpointing_leaves_the_gradients_of_an_adapter(tmp_path: Path, family: str) -> None:
+    """The embeddings take no gradient, so that nothing before the first adapter does."""
+    write_checkpoint(family, tmp_path)
+    prompts, canvas = sequences(family)
+    found = []
+    for checkpointing in (False, True):
+        model = PretrainedModel(path=str(tmp_path), gradient_checkpointing=checkpointing, lora=LoRAConfig(r=2))
+        policy = model.build([], 0)
+        disturb(policy)
+        batch = policy.pad_prompts([row.tolist() for row in prompts], torch.arange(4))
+        with SavedBytes() as saved:
+            policy.logits(batch, canvas, torch.ones_like(canvas, dtype=torch.bool))[:, :200].logsumexp(-1).sum().backward()
+        trained = {name: parameter.grad for name, parameter in policy.network.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 2 * 7 * 2 and all(grad.abs().max() > 0 for grad in trained.values())
+        found.append((trained, saved.peak))
+    (plain, more), (checkpointed, less) = found
+    assert all(torch.equal(grad, checkpointed[name]) for name, grad in plain.items())
+    assert less < 0.8 * more
 
 
 def test_a_frozen_copy_shares_the_base(tmp_path: Path) -> None:
@@ -235,9 +257,25 @@ def test_commands_take_a_run_with_an_adapter(folder: Path) -> None:
     common_ones = ("plugins=[varied.py]", "task=varied", "model.path=run")
     text = good(folder, "evaluate", *common_ones, "evaluation.num_prompts=2", "run_dir=evaluated")
     assert "tokens: mask <|mask|> 260" in text
-    good(folder, "generate", *common_ones, "model=auto", "count=1")
-    good(folder, "rollout", *common_ones, "model=auto", "num_prompts=1", "group_size=2", "output=scored.jsonl")
+    text = good(folder, "generate", *common_ones, "model=auto", "count=1")
+    assert "tokens: mask <|mask|> 260" in text and "first prompt (chat template" in text
+    text = good(folder, "rollout", *common_ones, "model=auto", "num_prompts=1", "group_size=2", "output=scored.jsonl")
+    assert "tokens: mask <|mask|> 260" in text and "train 0" in text.split("first prompt (chat template")[1]
     assert (folder / "scored.jsonl").is_file()
+
+
+def test_fine_tuning_shows_a_prompt_and_how_a_completion_ends(folder: Path) -> None:
+    write_checkpoint("dream", folder / "base")
+    sft = ("sft", "plugins=[varied.py]", "task=varied", "supervised.steps=1", "supervised.batch_size=2", "model=auto",
+           "model.path=base")
+    text = good(folder, *sft, "run_dir=chat")
+    assert "tokens: mask <|mask|> 260, EOS <|endoftext|> 256" in text
+    assert "'<|im_start|>user\\ntrain 0<|im_end|>\\n<|im_start|>assistant\\n'" in text
+    assert "first completion (6 tokens, then EOS up to 8) ends: 'bdbd<|im_end|><|endoftext|>'" in text
+    text = good(folder, *sft, "run_dir=plain", "model.chat_template=false")
+    assert "first completion (5 tokens, then EOS up to 8) ends: 'bdbd<|endoftext|>'" in text
+    text = good(folder, *sft, "run_dir=short", "model.chat_template=false", "task.completion_length=4")
+    assert "first completion (4 tokens, the whole canvas) ends: 'bdbd'" in text
 
 
 def test_a_penalty_refers_to_the_network_without_its_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +307,18 @@ def test_an_adapter_on_an_adapter(folder: Path) -> None:
     prompts, canvas = sequences("sdar")
     base, one, two = (logits_of(load_policy(str(folder / name)), prompts, canvas) for name in ("base", "one", "two"))
     assert not torch.equal(one, base) and not torch.equal(two, one)
+
+
+def test_the_block_length_asked_for_holds_with_adapters_too(folder: Path) -> None:
+    write_checkpoint("sdar", folder / "base")
+    sft = ("sft", "plugins=[varied.py]", "task=varied", "supervised.batch_size=2", "model=auto", "model.path=base",
+           "model.lora.r=2", "optimizer.warmup_steps=1", "run_dir=run", "supervised.save_every=1")
+    good(folder, *sft, "supervised.steps=1", "model.block_length=8")
+    assert PretrainedModel(path=str(folder / "run")).build([], 0).rules.block_length == 8
+    wide = PretrainedModel(path=str(folder / "run"), block_length=16)
+    assert wide.build([], 0).rules.block_length == 16
+    assert wide.resume(newest(folder / "run")).rules.block_length == 16
+    assert PretrainedModel(path="").resume(newest(folder / "run")).rules.block_length == 8
 
 
 def test_training_weights_in_16_bits_gets_a_note(folder: Path) -> None:

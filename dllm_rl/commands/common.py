@@ -28,7 +28,7 @@ from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.models.adapter import is_adapter
 from dllm_rl.models.policy import Policy, WithoutAdapter
 from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
-from dllm_rl.task import Task
+from dllm_rl.task import Prompt
 from dllm_rl.tracking import FREE_KEYS, RunFolder, replace_text
 
 Settings = dict[str, Any]
@@ -208,9 +208,11 @@ def reference_policy(settings: Settings, accelerator: Accelerator, trained: Poli
     return policy
 
 
-def introduce(policy: Policy, task: Task) -> None:
-    """Says how text becomes tokens, with the first test prompt."""
-    print(policy.introduction(task.prompts("test")[0]), flush=True)
+def introduce(policy: Policy, prompt: str | Prompt, completion: str | None = None, length: int = 0) -> None:
+    """Says how text becomes tokens: the special tokens, a prompt, and a completion to learn, padded to `length`."""
+    print(policy.introduction(prompt), flush=True)
+    if completion is not None:
+        print(policy.ending(completion, length), flush=True)
 
 
 def require_model_path(settings: Settings) -> str:

@@ -92,7 +92,7 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
 
     for of, policy in policies.items():
         print(f"{of}: {paths[of]}")
-        common.introduce(policy, jobs[names[0]]["task"])
+        common.introduce(policy, jobs[names[0]]["task"].prompts("test")[0])
     found = {of: {name: _evaluated(policy, name, of, job, log) for name, job in jobs.items()}
              for of, policy in policies.items()}
     results: dict[str, dict[str, Any]] = {}

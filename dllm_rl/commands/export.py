@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 
 from dllm_rl.commands import common
 from dllm_rl.errors import UserError, check
-from dllm_rl.models.export import FORMATS, export, facts_of, model_card
+from dllm_rl.models.export import FORMATS, evaluation_table, export, facts_of, model_card
+from dllm_rl.models.policy import Policy
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
@@ -30,22 +32,34 @@ def run(settings: common.Settings, config: DictConfig) -> None:
         raise UserError(f"output={folder}: is there already; overwrite=true replaces it")
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(f"output={folder}: holds no exported model; overwrite=true replaces only one")
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    check(nearest.is_dir(), "output", folder, f"a folder to write: {nearest} is a file")
     results = _results(settings["results"])
     model = replace(settings["model"], quantization=None)
     policy = common.build_policy({"model": model, "seed": 0})
     check(not policy.adapted, "model.lora.r", model.lora.r, "0: an adapter is exported by its path")
     check(kind == "native" or bool(facts_of(policy)), "format", kind, "native: this model was never in another format")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    notes = export(policy, temporary, kind)
-    card = model_card(policy, kind, source, _choices(source), results)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    notes = _write(policy, folder, kind, model_card(policy, kind, source, _choices(source), results))
     print("\n".join([*(f"note: {note}" for note in notes), f"exported: {folder} ({kind} format)"]))
     if settings["push"]:
         _push(folder, str(settings["push"]))
+
+
+def _write(policy: Policy, folder: Path, kind: str, card: str) -> list[str]:
+    """Writes beside the folder first, and puts it in place when it is complete. Returns notes for the user."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        notes = export(policy, temporary, kind)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output={folder}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return notes
 
 
 def _results(path: str | None) -> dict[str, Any]:
@@ -56,8 +70,10 @@ def _results(path: str | None) -> dict[str, Any]:
     file = file / "results.json" if file.is_dir() else file
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"results={path}: must be a results.json of dllm-rl evaluate, or its folder ({error})") from None
+        evaluation_table(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"results={path}: must be a results.json of dllm-rl evaluate, or its folder ({reason})") from None
     return found
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from dllm_rl.commands import common
 from dllm_rl.leaks import leaked_texts
 from dllm_rl.optimization import Optimizer
-from dllm_rl.supervised import FineTuning, finetune
+from dllm_rl.supervised import FineTuning, allowed_demonstrations, finetune, step_seed
 from dllm_rl.tracking import RunFolder
 
 
@@ -28,6 +28,8 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     if start.checkpoint:
         optimizer.load_state_dict(start.state)
     folder = common.open_folder(path, record, start.done)
+    first = allowed_demonstrations(task, supervised.batch_size, step_seed(seed, start.done + 1), leaked)[0]
+    common.introduce(start.policy, first.prompt, first.completion, task.completion_length)
     finetune(FineTuning(start.policy, task, optimizer, supervised, start.accelerator, folder, seed, start.done, leaked))
     print(f"next: dllm-rl train task={common.group_choice('task')} model.path={path}")
 

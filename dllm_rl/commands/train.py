@@ -68,7 +68,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     reference = common.reference_policy(settings, start.accelerator, policy) if uses_reference else None
     folder = common.open_folder(path, record, start.done)
     print(f"prompts: protocol {task.protocol}")
-    common.introduce(policy, task)
+    common.introduce(policy, task.prompts("test")[0])
     if skipped:
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
         replace_text(path / "skipped.jsonl", lines)

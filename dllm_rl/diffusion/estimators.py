@@ -205,20 +205,26 @@ class Block(Likelihood):
     """block | masked."""
     clean_mask_prob: float = 0.0
     """Prompt tokens and tokens of earlier blocks are hidden with this probability; SPG uses 0.15."""
+    count_from: str = "completion"
+    """completion (SPG): the first block begins with the completion. prompt: with the prompt, whose last tokens may share a
+    block with the first of the completion, as attention in blocks has it (SDAR; block_length is then the attention's)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         block = self.block_length
         check(block is None or block >= 1, "likelihood.block_length", block, "an integer >= 1, or null")
+        check(self.count_from in ("completion", "prompt"), "likelihood.count_from", self.count_from, "completion or prompt")
         check(self.scored in ("block", "masked"), "likelihood.scored", self.scored, "block or masked")
         check_probability("likelihood.clean_mask_prob", self.clean_mask_prob)
 
     def choose(self, draw: Draw) -> Choice:
         """A random subset of one block, and all later blocks."""
         size = self.block_length or 32
-        blocks = (draw.length - 1) // size + 1
+        before = draw.completions.prompt_mask.sum(1) % size
+        before = before if self.count_from == "prompt" else torch.zeros_like(before)
+        blocks = (before + draw.length - 1) // size + 1
         chosen = rearrange((draw.point(draw.sample, self.num_samples) * blocks).long(), "b -> b 1")
-        owner = positions(draw.region) // size
+        owner = (positions(draw.region) + rearrange(before, "b -> b 1")) // size
         inside = draw.region & (owner == chosen)
         length = inside.sum(1)
         key = draw.key()

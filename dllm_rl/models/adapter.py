@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from dllm_rl.errors import UserError, bad_value, check
+from dllm_rl.models.adapter_names import WEIGHTS, translated
 from dllm_rl.models.families import FACTS, named, rules_of
 from dllm_rl.run_folder import ADAPTER_CONFIG, adapter_settings
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -76,13 +77,11 @@ def target_names(network: Any, config: LoRAConfig) -> list[str]:
     return wanted
 
 
-def resume(network: Any, folder: Path) -> Any:
-    """The base network with the adapter of a checkpoint, to be trained on."""
+def resume(network: Any, folder: Path, block_length: int | None = None) -> Any:
+    """The base network with the adapter of a checkpoint, to be trained on. `block_length`, if given, is kept."""
     from peft import PeftModel
 
-    facts = _facts(folder)
-    if facts:
-        setattr(network.config, FACTS, facts)
+    _adopt(network, folder, block_length)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return PeftModel.from_pretrained(network, str(folder), is_trainable=True)
@@ -95,11 +94,13 @@ def save(network: Any, folder: Path) -> None:
     network.config.save_pretrained(folder)
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
-    """What the configuration beside an adapter says of its family, if it was saved here."""
+def _adopt(network: Any, folder: Path, block_length: int | None) -> None:
+    """Gives a network what the configuration beside an adapter says of its family, if it was saved here: it may have been
+    trained with another block length than its base. One that the user asks for, which the base has already, wins."""
     file = folder / "config.json"
-    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")).get(FACTS) if file.is_file() else None
-    return found
+    facts = json.loads(file.read_text(encoding="utf-8")).get(FACTS) if file.is_file() else None
+    if facts and block_length is None:
+        setattr(network.config, FACTS, facts)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -125,28 +126,37 @@ def base_of(folder: Path, key: str) -> str:
     return str(base)
 
 
-def merge(network: Any, folder: Path, key: str) -> Any:
+def merge(network: Any, folder: Path, key: str, block_length: int | None = None) -> Any:
     """The base model with the adapter's product of matrices added to its weights; nothing else of the adapter is left.
+
+    Args:
+        block_length: if given, kept in place of the one that the adapter was trained with.
 
     Raises:
         UserError: the adapter does not fit the network.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what peft warns of is an error below
-            adapted = PeftModel.from_pretrained(network, str(folder))
-            # Weights that only one side has would leave a part of the base model as it was.
-            wanted = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            found = {*weights.keys()}
-        if odd := (wanted - found) | {name for name in found - wanted if "lora_" in name}:
-            raise ValueError(f"{min(odd)} is only in one of them")
-        merged = adapted.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with tempfile.TemporaryDirectory() as temporary:
+            merged = _merged(network, translated(network, folder, Path(temporary)))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{key}={folder}: the adapter does not fit its base model ({reason})") from None
-    if facts := _facts(folder):
-        setattr(merged.config, FACTS, facts)
+    _adopt(merged, folder, block_length)
     return merged
+
+
+def _merged(network: Any, folder: Path) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    shared = {"lm_head", "embed_tokens"} if network.config.tie_word_embeddings else set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft warns of is an error below
+        adapted = PeftModel.from_pretrained(network, str(folder))
+        # Weights that only one side has would leave a part of the base model as it was.
+        wanted = {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
+    found = {*load_file(folder / WEIGHTS)}
+    if odd := (wanted - found) | {name for name in found - wanted if "lora_" in name}:
+        raise ValueError(f"{min(odd)} is only in one of them")
+    if both := {name for name in wanted if shared & {*name.split(".")}}:
+        raise ValueError(f"{min(both)} would change the embeddings and the output head, which share their weights")
+    return adapted.merge_and_unload(safe_merge=True)

@@ -1,4 +1,5 @@
-"""Who sees whom: all of a sequence, or blocks that see themselves and what is before them; nobody sees padding."""
+"""Who sees whom: all of a sequence, or blocks that see themselves and what is before them; nobody sees padding. And where
+the logits of a token stand."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ BLOCKWISE = ("sdpa", "eager")
 
 
 def attention_inputs(prompt_mask: Tensor, length: int, block_length: int | None, network: Any) -> dict[str, Tensor]:
-    """The arguments of a network for left-padded prompts [B, P] and completions of `length` tokens.
+    """The arguments of a network for padded prompts [B, P] and completions of `length` tokens.
 
     Without padding and blocks there are none, so that the attention kernel without a bias is used.
 
@@ -46,3 +47,14 @@ def block_mask(attended: Tensor, blocks: Tensor) -> Tensor:
     """
     earlier = rearrange(blocks, "b q -> b 1 q 1") >= rearrange(blocks, "b k -> b 1 1 k")
     return earlier & rearrange(attended, "b k -> b 1 1 k")
+
+
+def shifted(rows: Tensor, prompt_mask: Tensor, shift: int) -> Tensor:
+    """Where the logits of the positions `rows` [B, P + L] stand in a model that predicts `shift` tokens ahead.
+
+    Those of a completion's first token stand on the last token of its prompt [B, P], on whichever side that is padded.
+    """
+    width, found = prompt_mask.shape[1], rows.roll(-shift, dims=1)
+    last = width - 1 - prompt_mask.flip(1).long().argmax(1, keepdim=True)
+    first, found[:, width - 1] = found[:, width - 1 : width].clone(), False
+    return found.scatter(1, last, first)

@@ -11,12 +11,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from dllm_rl.errors import UserError
-from dllm_rl.models.families import FACTS, named
+from dllm_rl.models.families import FACTS, HEAD, named
 from dllm_rl.models.policy import Policy
 
 FORMATS = ("native", "original")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "config.json", "README.md")
-"""Files of an original checkpoint that an export replaces or leaves out."""
+COPIED = ("tokenizer*.json", "tokenizer*.model", "vocab*.json", "vocab*.txt", "merges*.txt", "special_tokens_map.json",
+          "added_tokens.json", "generation_config.json", "chat_template*.jinja", "chat_template*.json", "*.py", "LICENSE*")
+"""Files of an original checkpoint that belong to its copy; whatever else lies in its folder does not."""
 
 
 def export(policy: Policy, folder: Path, kind: str, max_shard_size: str = "5GB") -> list[str]:
@@ -51,24 +52,50 @@ def _original(policy: Policy, folder: Path, max_shard_size: str) -> list[str]:
     facts = facts_of(policy)
     if not facts:
         raise UserError("format=original: this model was never in another format; must be native")
-    family, dtype = named(facts["family"]), getattr(torch, facts["dtype"])
-    tied = {"lm_head.weight"} if policy.network.config.tie_word_embeddings else set()
-    state = {}
+    save_torch_state_dict(_original_tensors(policy, facts), folder, max_shard_size=max_shard_size)
+    (folder / "config.json").write_text(json.dumps(facts["original"], indent=2) + "\n", encoding="utf-8")
+    source = _published(facts)
+    if source is None:
+        policy.tokenizer.save_pretrained(folder)
+        return ["the tokenizer's files are as transformers writes them, and code that config.json names is not here: copy "
+                f"both from {facts['source']} to load this folder with the published code"]
+    for file in sorted({file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, folder / file.name)
+    if "auto_map" in facts["original"] and not any(folder.glob("*.py")):
+        return [f"code that config.json names is not here: copy it from {facts['source']} to load this folder with it"]
+    return []
+
+
+def _original_tensors(policy: Policy, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights under their published names, each in the precision that it was stored in."""
+    family, tied = named(facts["family"]), policy.network.config.tie_word_embeddings
+    others, state = facts.get("other_dtypes", {}), {}
     for name, tensor in policy.network.state_dict().items():
         key = family.to_original(name)
         if key is None:
             raise UserError(f"format=original: the family {family.name} has no name for {name}")
-        if name not in tied:
-            state[key] = tensor.detach().to("cpu", dtype)
-    save_torch_state_dict(state, folder, max_shard_size=max_shard_size)
-    (folder / "config.json").write_text(json.dumps(facts["original"], indent=2) + "\n", encoding="utf-8")
+        if name != HEAD or not tied:
+            state[key] = tensor.detach().to("cpu", getattr(torch, others.get(key, facts["dtype"])))
+        elif facts.get("head_stored"):  # a copy: files hold no two names for the same memory
+            state[key] = tensor.detach().to("cpu", getattr(torch, others.get(key, facts["dtype"])), copy=True)
+    return state
+
+
+def _published(facts: dict[str, Any]) -> Path | None:
+    """The folder of the checkpoint that the policy comes from, if it is still there and still that checkpoint."""
+    from huggingface_hub import snapshot_download
+
     source = Path(facts["source"])
-    if source.is_dir():
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
-        return []
-    policy.tokenizer.save_pretrained(folder)
-    return [f"the tokenizer's files are as transformers writes them, and code that config.json names is not here: copy both "
-            f"from {source} to load this folder with the published code"]
+    if not source.is_absolute():  # the name of a folder, which says nothing here, or one on the hub
+        try:
+            source = Path(snapshot_download(facts["source"], local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    try:
+        same = json.loads((source / "config.json").read_text(encoding="utf-8")) == facts["original"]
+    except (OSError, ValueError):
+        return None
+    return source if same else None
 
 
 def model_card(policy: Policy, kind: str, source: str, choices: dict[str, str], results: dict[str, Any]) -> str:
@@ -91,10 +118,11 @@ def model_card(policy: Policy, kind: str, source: str, choices: dict[str, str], 
              f"| family | {rules.family} |", f"| base model | {hub or Path(base).name or 'none'} |",
              f"| format | {kind} |", f"| attention | {attention} |", f"| logit shift | {rules.logit_shift} |",
              f"| mask, EOS, padding | {policy.mask_id}, {policy.eos_id}, {policy.pad_id} |", ""]
-    return "\n".join([*head, *facts, *_evaluation(results), *_usage(kind)]) + "\n"
+    return "\n".join([*head, *facts, *evaluation_table(results), *_usage(kind)]) + "\n"
 
 
-def _evaluation(results: dict[str, Any]) -> list[str]:
+def evaluation_table(results: dict[str, Any]) -> list[str]:
+    """The lines of a model card about the content of a results.json; of anything else it raises one of Python's errors."""
     if not results:
         return []
     lines = ["## Evaluation", "", "| task | protocol | metric | prompts | value | 95 % interval |", "|---" * 6 + "|"]

@@ -15,6 +15,8 @@ from dllm_rl.errors import UserError, check
 
 FACTS = "dllm_rl"
 """Key of a converted checkpoint's config.json under which the family and the original configuration are kept."""
+HEAD = "lm_head.weight"
+"""The output head's weight, as all classes of transformers here name it."""
 PAGE = "docs/add_a_family.md"
 Json = Mapping[str, Any]
 
@@ -99,13 +101,16 @@ def recognise(config: Json, key: str) -> Family:
     """
     if FACTS in config:
         return named(config[FACTS]["family"], key)
-    architectures, kind = config.get("architectures") or (), config.get("model_type")
+    given, kind = config.get("architectures") or [], str(config.get("model_type"))
+    architectures = [str(name) for name in (given if isinstance(given, list) else [given])]
     for family in FAMILIES.values():
         if (set(architectures) & set(family.architectures)) if architectures else kind in family.model_types:
             return family
-    from transformers import CONFIG_MAPPING
+    import transformers
 
-    if kind in CONFIG_MAPPING:
+    # Code of a checkpoint's own often takes the model_type of the model that it was made from, and another architecture.
+    known = not architectures or any(hasattr(transformers, name) for name in architectures)
+    if known and kind in transformers.CONFIG_MAPPING:
         return NATIVE
     raise UserError(f"{key}: has the architecture {', '.join(architectures) or kind}, which is not known; must be of the "
                     f"families {', '.join(FAMILIES)}, or a model of transformers; {PAGE} says how to add one")
@@ -131,14 +136,15 @@ def add_family(family: Family) -> None:
 def needed(config: Json, name: str) -> Any:
     """A value that a config.json must have."""
     if config.get(name) is None:
-        raise UserError(f"config.json: has no {name}")
+        raise UserError(f"config.json: has no {name}, without which this architecture has no shape; add it as published")
     return config[name]
 
 
 def only(config: Json, **valid: Any) -> None:
     """Refuses a config.json with other values than these; a missing one is fine."""
     for name, value in valid.items():
-        check(config.get(name, value) in (value, None), f"config.json: {name}", config.get(name), str(value))
+        rest = "nothing else of this architecture is supported, choose another checkpoint"
+        check(config.get(name) in (value, None), f"config.json: {name}", config.get(name), f"{value}: {rest}")
 
 
 def rope(config: Json) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class _Chunked(torch.autograd.Function):
             logps[rows] = picked - top[rows] - total[rows].log()
             if slope is not None:
                 slope[rows] = _slope(exponentials, total[rows], targets[rows]).to(weight.dtype) @ weight
+            del logits, exponentials  # before the next chunk is made
         ctx.banned, ctx.ahead = banned, ahead
         if slope is not None:
             ctx.save_for_backward(slope)
@@ -133,6 +134,7 @@ def _gradients(
             of_weight.addmm_(slope.T, hidden[rows])
         elif of_weight is not None:
             of_weight += slope.T @ hidden[rows]
+        del logits, exponentials, slope  # before the next chunk is made
     return (of_hidden, None if of_weight is None else of_weight.to(weight.dtype),
             None if of_bias is None or bias is None else of_bias.to(bias.dtype))
 

@@ -8,8 +8,12 @@ the target device and in the target precision.
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from dllm_rl.errors import UserError, check
 from dllm_rl.models.adapter import base_of, is_adapter, merge
-from dllm_rl.models.families import FACTS, NATIVE, Family, recognise
+from dllm_rl.models.families import FACTS, HEAD, NATIVE, Family, recognise
 from dllm_rl.models.quantization import four_bit, packed
 from dllm_rl.run_folder import resolve_model_path
 
@@ -31,6 +35,9 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 """What is fetched from the hub: no code."""
 INDEX = "model.safetensors.index.json"
 TOKENS = ("mask", "eos", "pad")
+STORED = "stored"
+PRECISIONS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Names of safetensors and of torch, the widest first."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class LoadOptions:
     """How a network is loaded."""
 
     dtype: str = "float32"
+    """A precision of torch, or `stored`: that of the checkpoint's files."""
     attn_implementation: str | None = None
     quantization: str | None = None
     block_length: int | None = None
@@ -56,21 +64,43 @@ def load(
     if is_adapter(folder):
         nf4 = options.quantization
         check(nf4 is None, "model.quantization", nf4, f"null with {key}={folder}: an adapter is merged into whole weights")
+        # Rounded to 16 bits, the sum would lose what a short training has changed.
+        options = replace(options, dtype="float32") if options.dtype == STORED else options
         network, tokenizer = load(base_of(folder, key), f"{key}={folder}: base_model_name_or_path", options)
-        network = merge(network, folder, key)
+        network = merge(network, folder, key, options.block_length)
         own = (folder / "tokenizer.json").is_file()
         return network, AutoTokenizer.from_pretrained(folder) if own else tokenizer
     _check_folder(folder, key)
     try:
+        if options.dtype == STORED:
+            options = replace(options, dtype=widest(folder))
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        check(isinstance(settings, dict), f"{key}={path}: config.json", settings, "an object with names")
         family = recognise(settings, f"{key}={path}")
         if family is NATIVE:
-            return _load_native(folder, options), AutoTokenizer.from_pretrained(folder)
+            return _load_native(folder, options, f"{key}={path}"), AutoTokenizer.from_pretrained(folder)
         return _load_family(folder, settings, family, options, f"{key}={path}", source=path)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _cannot(path, key, error) from None
+
+
+@contextmanager
+def construction(key: str, attention: str | None = None) -> Iterator[None]:
+    """Around what turns a config.json into a network: whatever fails there becomes one line that names the folder.
+
+    A bad value makes transformers raise almost any exception, from its own checks down to a division by zero.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, ImportError) and attention:
+            raise UserError(f"model.attn_implementation={attention}: cannot be used here ({reason})") from None
+        raise UserError(f"{key}: config.json makes no network ({type(error).__name__}: {reason})") from None
 
 
 def local_folder(path: str, key: str = "model.path") -> Path:
@@ -113,10 +143,12 @@ def _check_folder(folder: Path, key: str) -> None:
         raise UserError(f"{key}={folder}: has no {' and no '.join(missing)}; must hold {CHECKPOINT_FILES}")
 
 
-def _load_native(folder: Path, options: LoadOptions) -> Any:
+def _load_native(folder: Path, options: LoadOptions, key: str) -> Any:
     whole = options.quantization is None
     check(whole, "model.quantization", options.quantization, "null: only checkpoints of a family can be loaded in 4 bits")
     check(options.block_length is None, "model.block_length", options.block_length, "null: the model is not block-causal")
+    with construction(key, options.attn_implementation):
+        empty_network(transformers.AutoConfig.from_pretrained(folder), options.attn_implementation)
     choice = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype), **choice)
 
@@ -126,20 +158,23 @@ def _load_family(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     converted = FACTS in settings
     if converted:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        with construction(key):
+            config = transformers.AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
         tokenizer = getattr(transformers, family.tokenizer_class).from_pretrained(folder)
-        config = native_config(settings, family)
+        with construction(key):
+            config = native_config(settings, family)
         name_tokens(tokenizer, settings, family, config.vocab_size, key)
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         there = Path(source).expanduser()
-        getattr(config, FACTS).update(source=str(there.resolve()) if there.is_dir() else source, dtype=stored_dtype(folder))
+        getattr(config, FACTS).update(source=str(there.resolve()) if there.is_dir() else source, **storage(folder, family))
     if options.block_length is not None:
         valid = f"null with the family {family.name}: it is not block-causal"
         check(family.block_length is not None, "model.block_length", options.block_length, valid)
         getattr(config, FACTS)["block_length"] = options.block_length
-    network = empty_network(config, options.attn_implementation)
+    with construction(key, options.attn_implementation):
+        network = empty_network(config, options.attn_implementation)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     fill(network, folder, None if converted else family, getattr(torch, options.dtype), device, options.quantization, key)
     return network, tokenizer
@@ -149,7 +184,10 @@ def native_config(settings: dict[str, Any], family: Family) -> Any:
     """The configuration of transformers for an original config.json, which it keeps."""
     config = getattr(transformers, family.config_class)(**family.convert(settings), bos_token_id=None, use_cache=False)
     config.is_causal = False
-    block = settings.get("block_length") or settings.get("block_size") or family.block_length
+    written = (settings.get(name) for name in ("block_length", "block_size"))
+    block = next((value for value in written if value is not None), family.block_length)
+    fits = family.block_length is None or (type(block) is int and block >= 1)
+    check(fits, "config.json: block_size", repr(block), "an integer >= 1")
     facts = {"family": family.name, "block_length": block if family.block_length else None, "original": settings}
     setattr(config, FACTS, facts)
     return config
@@ -165,19 +203,42 @@ def empty_network(config: Any, attn_implementation: str | None = None) -> Any:
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights: those of the index where there is one."""
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        check(isinstance(places, dict), f"{folder / INDEX}: weight_map", places, "an object from tensors to files")
+        return [folder / name for name in sorted({*map(str, places.values())})]
     return sorted(folder.glob("*.safetensors"))
 
 
-def stored_dtype(folder: Path) -> str:
-    """The precision of a checkpoint's tensors; the widest where they differ."""
-    found = set()
+def stored_dtypes(folder: Path) -> dict[str, tuple[str, int]]:
+    """The precision of each tensor in a folder's files, and its number of entries."""
+    found = {}
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118 - no mapping
-    names = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    return next((name for short, name in names.items() if short in found), "float32")
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                part = tensors.get_slice(name)
+                kind = part.get_dtype()
+                check(kind in PRECISIONS, f"{file}: precision of {name}", kind, ", ".join(PRECISIONS))
+                found[name] = PRECISIONS[kind], math.prod(part.get_shape())
+    return found
+
+
+def widest(folder: Path) -> str:
+    """The widest precision of a checkpoint's tensors."""
+    found = {dtype for dtype, _ in stored_dtypes(folder).values()}
+    return next((dtype for dtype in PRECISIONS.values() if dtype in found), "float32")
+
+
+def storage(folder: Path, family: Family) -> dict[str, Any]:
+    """How an original checkpoint is stored, as far as its tensors in a network do not tell: the precision of most entries,
+    tensors with another one, and whether an output head is there (which a network with tied embeddings would do without).
+    """
+    found = stored_dtypes(folder)
+    sizes: Counter[str] = Counter()
+    for dtype, size in found.values():
+        sizes[dtype] += size
+    usual = max(sizes, key=lambda dtype: sizes[dtype], default="float32")
+    others = {name: dtype for name, (dtype, _) in found.items() if dtype != usual}
+    return {"dtype": usual, "other_dtypes": others, "head_stored": any(family.to_native(name) == HEAD for name in found)}
 
 
 def fill(
@@ -203,11 +264,24 @@ def fill(
                 place(network, name, tensor, dtype, device, quantization)
                 missing.discard(name)
     if network.config.tie_word_embeddings:
-        network.tie_weights()
-        missing.discard("lm_head.weight")
+        tie(network, key)
+        missing.discard(HEAD)
     if missing:
         raise UserError(f"{key}: the weights have no {min(missing)}")
     network.to(device)  # the buffers; parameters are there already
+
+
+def tie(network: Any, key: str) -> None:
+    """Makes the embeddings the output head.
+
+    Raises:
+        UserError: the checkpoint has a head of its own, with other weights.
+    """
+    head, embeddings = network.get_output_embeddings().weight, network.get_input_embeddings().weight
+    if not head.is_meta and not torch.equal(head, embeddings):
+        raise UserError(f"{key}: config.json ties the output head to the embeddings, but the weights have another head; set "
+                        "tie_word_embeddings (LLaDA: weight_tying) to false in config.json if that head is the model's")
+    network.tie_weights()
 
 
 def place(
@@ -236,9 +310,9 @@ def name_tokens(
     """
     for name in TOKENS:
         given = settings.get(f"{name}_token_id")
-        given = given[0] if isinstance(given, list) else given
+        given = next(iter(given), None) if isinstance(given, list) else given
         own = getattr(tokenizer, f"{name}_token_id")
         number = next((item for item in (given, own, family.ids.get(name)) if item is not None), None)
-        if number is None or not 0 <= number < min(rows, len(tokenizer)):
+        if type(number) is not int or not 0 <= number < min(rows, len(tokenizer)):
             raise UserError(f"{key}: {name}_token_id={number}: must be a token's number in config.json or in the tokenizer")
         setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dllm_rl.diffusion.likelihood import Look
 from dllm_rl.errors import UserError
 from dllm_rl.models import adapter
-from dllm_rl.models.attention import attention_inputs
+from dllm_rl.models.attention import attention_inputs, shifted
 from dllm_rl.models.families import rules_of
 from dllm_rl.models.kv_cache import KeyValueCache
 from dllm_rl.models.linear_logps import linear_logps
@@ -97,7 +98,7 @@ class Policy:
         The mask token gets -inf: the model predicts data, never the mask (MDLM, arXiv 2406.07524, section 3.2.3).
 
         Args:
-            prompts: B left-padded prompts.
+            prompts: B prompts, padded left or right.
             canvas: [B, L] int64, the completion with some tokens masked.
             positions: [B, L] bool, K of them True.
 
@@ -146,8 +147,9 @@ class Policy:
         """The network's output; with `reads`, which gets the rows [K, H] and the head, what that makes of them."""
         ids = torch.cat([prompts.ids, canvas], dim=1)
         attention = attention_inputs(prompts.mask, positions.shape[1], self.rules.block_length, self.network)
-        # With a shift the first position of a completion is read from the last token of its prompt.
-        rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1).roll(-self.rules.logit_shift, dims=1)
+        rows = torch.cat([torch.zeros_like(prompts.mask), positions], dim=1)
+        if self.rules.logit_shift:
+            rows = shifted(rows, prompts.mask, self.rules.logit_shift)
         self._reads = reads
         try:
             return self.run(rows, input_ids=ids, use_cache=False, **attention)
@@ -183,10 +185,16 @@ class Policy:
         return None if self._reads is None or kept is None else self._reads(kept, head)
 
     def encode_prompts(self, prompts: Sequence[str | Prompt], sample_ids: Tensor) -> PromptBatch:
-        """Renders, tokenizes and left-pads B prompts onto the policy's device. `sample_ids` is [B]."""
+        """Renders, tokenizes and left-pads B prompts onto the policy's device. `sample_ids` is [B].
+
+        Raises:
+            UserError: a prompt has the mask token in its text.
+        """
         # A chat template writes the special tokens itself.
         options = {"add_special_tokens": False} if self.chat else {}
         rows = [self.tokenizer.encode(self.render(prompt), **options) for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            self._refuse_mask(row, f"prompt {prompt!r}" if isinstance(prompt, str) else f"prompt {prompt.id}")
         return self.pad_prompts(rows if self.chat else [self.begun(row) for row in rows], sample_ids)
 
     def begun(self, row: list[int]) -> list[int]:
@@ -206,7 +214,11 @@ class Policy:
             return "".join(f"{question}{answer}\n\n" for question, answer in prompt.shots) + prompt.text + prompt.prefill
         turns = [turn for question, answer in prompt.shots for turn in (("user", question), ("assistant", answer))]
         chat = [{"role": role, "content": content} for role, content in [*turns, ("user", prompt.text)]]
-        rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:  # a template may refuse shots, and be in error as any program
+            raise UserError(f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} cannot lay a prompt out "
+                            f"({' '.join(str(error).split())}); model.chat_template=false does without it") from None
         return str(rendered) + prompt.prefill
 
     def pad_prompts(self, rows: Sequence[Sequence[int]], sample_ids: Tensor) -> PromptBatch:
@@ -227,13 +239,25 @@ class Policy:
         return PromptBatch(ids, mask, sample_ids).to(self.device)
 
     def encode_completions(self, texts: Sequence[str], length: int) -> Tensor:
-        """[B, L] int64: each text, in a chat the end of the turn, and EOS up to `length`; longer texts lose their end."""
+        """[B, L] int64: each text, in a chat the end of the turn, and EOS up to `length`; longer texts lose their end.
+
+        Raises:
+            UserError: a text has the mask token in it.
+        """
         ids = torch.full((len(texts), length), self.eos_id)
         for number, text in enumerate(texts):
             row = self.tokenizer.encode(text, add_special_tokens=False)
+            self._refuse_mask(row, f"completion {text!r}")
             row = ([*row, self.turn_end_id] if self.chat and self.turn_end_id is not None else row)[:length]
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return ids.to(self.device)
+
+    def _refuse_mask(self, row: list[int], what: str) -> None:
+        """A mask that came from text would be a token to predict, whose log-probability is -inf."""
+        if self.mask_id in row:
+            shown = what if len(what) <= 120 else f"{what[:90]} ... {what[-25:]}"
+            raise UserError(f"{shown}: has the text {self.tokenizer.mask_token}, which is this model's mask token; leave it "
+                            "out of the data, or spell it differently")
 
     def decode(self, ids: Tensor) -> list[str]:
         """The texts of [B, L] completions, each cut at its first EOS or end of a turn."""
@@ -299,6 +323,13 @@ class Policy:
         shown = text if len(text) <= 200 else f"{text[:120]} ... {text[-75:]}"
         layout = "chat template" if self.chat else "plain text"
         return f"tokens: {', '.join(tokens)}\nfirst prompt ({layout}, {len(ids)} tokens): {shown}"
+
+    def ending(self, completion: str, length: int) -> str:
+        """One line on how a completion to learn ends, as the model sees it."""
+        row = self.encode_completions([completion], length)[0].tolist()
+        end = row.index(self.eos_id) + 1 if self.eos_id in row else length
+        rest = f"then EOS up to {length}" if end < length else "the whole canvas"
+        return f"first completion ({end} tokens, {rest}) ends: {self.tokenizer.decode(row[:end])[-75:]!r}"
 
 
 class WithoutAdapter:

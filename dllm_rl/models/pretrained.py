@@ -9,12 +9,12 @@ from typing import Any
 
 from dllm_rl.errors import bad_value, check
 from dllm_rl.models.adapter import LoRAConfig, attach, base_of, resume
-from dllm_rl.models.loading import LoadOptions, load
+from dllm_rl.models.loading import STORED, LoadOptions, load
 from dllm_rl.models.policy import Policy
 from dllm_rl.models.quantization import QUANTIZATIONS, require_quantization
 from dllm_rl.run_folder import resolve_model_path
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", STORED)
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
@@ -26,9 +26,9 @@ class PretrainedModel:
     """A run folder, a folder with a checkpoint in its original format or in ours, a folder with a LoRA adapter, or a name on
     the hub."""
     dtype: str = "float32"
-    """Precision of the weights: float32 | bfloat16 | float16. Adapters are float32 whatever the weights are. Training all
-    weights in 16 bits loses updates smaller than a 256th of a weight: use float32 with `accelerate launch
-    --mixed_precision bf16`."""
+    """Precision of the weights: float32 | bfloat16 | float16 | stored, that of the checkpoint's files (the widest where they
+    differ; float32 with an adapter, which is merged). Adapters are float32 whatever the weights are. Training all weights in
+    16 bits loses updates smaller than a 256th of a weight: use float32 with `accelerate launch --mixed_precision bf16`."""
     attn_implementation: str | None = None
     """sdpa | eager | flash_attention_2 | flex_attention; null: what transformers prefers. Block-causal: sdpa or eager."""
     gradient_checkpointing: bool = False
@@ -73,7 +73,7 @@ class PretrainedModel:
         """The policy of a checkpoint that holds an adapter, on the base that it names; the adapter is trained on."""
         base = base_of(checkpoint, "model.path")
         network, tokenizer = self._load(base, f"model.path={checkpoint}: base_model_name_or_path")
-        return self._policy(resume(network, checkpoint), tokenizer)
+        return self._policy(resume(network, checkpoint, self.block_length), tokenizer)
 
     def _load(self, path: str, key: str = "model.path") -> tuple[Any, Any]:
         if self.quantization:
