@@ -69,6 +69,17 @@ class Engine:
                 recorder.forward(policy, chunk)
         return recorder.scores()
 
+    def recorded(self, policy: Reader) -> Scores:
+        """What the sampler recorded while it wrote (`Completions.behaviour_logps`), in the place of `score`."""
+        recorder = Recorder(self.completions, self.masks.likelihood, policy)
+        self._note(policy, recorder)
+        return recorder.recorded(self.completions)
+
+    def _note(self, policy: Reader, recorder: Recorder) -> None:
+        """Draws all corruptions without forward passes, which takes little memory."""
+        for chunk in self._chunks(policy, size=max(self.micro_samples, 1024)):
+            recorder.note(chunk)
+
     def backward(
         self,
         policy: Reader,
@@ -89,8 +100,8 @@ class Engine:
         Args:
             advantages: [B], or [B, L] for objectives that take one per token.
             totals: the sizes of the whole update.
-            old: the policy that sampled. None: `policy` is still that one, so its values are the current ones and no pass
-                is needed for them.
+            old: the policy that sampled. None: `policy` is still that one, and sampled exactly, so that its values are the
+                current ones and no pass is needed for them.
             reference: scores under the reference policy, for objectives that read it.
             extras: what else the objective reads of the whole update.
             keep_top_k: keep what later updates need for top-K divergences from this policy.
@@ -135,9 +146,8 @@ class Engine:
         recorder, metrics = loss_of.recorder, _Metrics()
         known = loss_of.objective.traits.ratio_only and loss_of.old is None and loss_of.reference is None
         with torch.no_grad():
-            if known:  # only the corruptions are needed, and drawing them takes little memory
-                for chunk in self._chunks(policy, size=max(self.micro_samples, 1024)):
-                    recorder.note(chunk)
+            if known:
+                self._note(policy, recorder)
             else:
                 for chunk in self._chunks(policy):
                     recorder.forward(policy, chunk)

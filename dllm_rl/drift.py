@@ -22,15 +22,19 @@ def effort(completions: Completions) -> dict[str, float]:
     return {"sampler/nfe": float(nfe.mean()), "sampler/tokens_per_pass": float(written / nfe.sum())}
 
 
-def disagreement(policy: Policy, sampler: Sampler, prompts: PromptBatch, length: int) -> dict[str, float]:
+def disagreement(
+    policy: Policy, sampler: Sampler, prompts: PromptBatch, length: int, prepared: Policy | None = None
+) -> dict[str, float]:
     """How far greedy decoding with `sampler` is from the sampler that it stands for, on a few prompts.
 
-    `sampler/disagreement` is the share of the exact text's tokens, its EOS included, that differ; `sampler/changed` the
+    `sampler/disagreement` is the share of the exact text's tokens, its end included, that differ; `sampler/changed` the
     share of completions that differ at all. Greedy, because another order of tokens draws other random numbers.
+    `prepared` is the policy in the sampler's precision, if it is there already.
     """
-    fast = replace(sampler, temperature=0.0)
-    found, exact = (one.sample(policy, prompts, length, seed=0, step=0).ids for one in (fast, fast.exact()))
-    text = through_first(exact, policy.eos_id)
+    fast = replace(sampler, temperature=0.0, record_logps=False)
+    found = fast.sample(prepared or policy, prompts, length, seed=0, step=0).ids
+    exact = fast.exact().sample(policy, prompts, length, seed=0, step=0).ids
+    text = through_first(exact, *policy.stop_ids)
     differs = (found != exact) & text
     return {"sampler/disagreement": float(differs.sum().double() / text.sum()),
             "sampler/changed": float(differs.any(1).double().mean())}
@@ -40,10 +44,14 @@ class Variety:
     """Stops a run whose rollouts are the same within every group, step after step: every advantage is 0.
 
     Example: `Variety(20)` allows 19 such steps in a row.
+
+    Args:
+        most: the number of steps that is too many; 0: none is.
+        steps: how many there have been, in a run that is continued.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most, self._steps = most, 0
+    def __init__(self, most: int, steps: int = 0) -> None:
+        self._most, self.steps = most, steps
 
     def count(self, groups: Sequence[int], texts: Sequence[str]) -> None:
         """Takes in one batch: the group and the text of every completion.
@@ -52,8 +60,8 @@ class Variety:
             UserError: it is the last straw.
         """
         alike = len({*zip(groups, texts, strict=True)}) == len({*groups}) < len(groups)
-        self._steps = self._steps + 1 if alike else 0
-        if self._most and self._steps >= self._most:
+        self.steps = self.steps + 1 if alike else 0
+        if self._most and self.steps >= self._most:
             raise UserError(
                 f"trainer.max_identical_steps={self._most}: in so many steps all completions of a prompt were the same, so "
                 "that there is nothing to learn from; a higher sampler.temperature varies them, a cache or a threshold may "

@@ -153,7 +153,7 @@ def evaluate(
     Raises:
         UserError: the grader failed on more than `config.max_infra_errors` of the completions.
     """
-    prompts = list(task.prompts("test"))[: config.num_prompts]
+    prompts, policy = list(task.prompts("test"))[: config.num_prompts], sampler.prepared(policy)
     wanted = [(mode, prompt, index, number) for mode, count in (("greedy", int(config.greedy)), ("sampled", config.samples))
               for index in range(count) for number, prompt in enumerate(prompts)]
     found = {sample.key: sample for sample in earlier}
@@ -192,7 +192,7 @@ def _sampled(
     sample_ids = torch.tensor([number + (index << 32) for _, index, number in chunk])
     completions, texts = rollout(policy, task, sampler, prompts, seed=seed, step=EVALUATION_STEP, sample_ids=sample_ids)
     seconds = (time.perf_counter() - started) / len(chunk)
-    lengths, nfe = _lengths(completions.ids, policy.eos_id), completions.nfe.tolist()
+    lengths, nfe = _lengths(completions.ids, policy.stop_ids), completions.nfe.tolist()
     rewards = task.score_batch(prompts, texts)
     return [
         Sample(mode, prompt.id, index, policy.render(prompt), text, lengths[row], nfe[row], seconds, **_graded(reward))
@@ -200,9 +200,9 @@ def _sampled(
     ]
 
 
-def _lengths(ids: Tensor, eos_id: int) -> list[int]:
-    """Tokens before the first EOS of [B, L]."""
-    before: list[int] = ((ids == eos_id).cumsum(1) == 0).sum(1).tolist()
+def _lengths(ids: Tensor, ends: list[int]) -> list[int]:
+    """Tokens of [B, L] before the first that ends the text."""
+    before: list[int] = (torch.isin(ids, torch.tensor(ends, device=ids.device)).cumsum(1) == 0).sum(1).tolist()
     return before
 
 

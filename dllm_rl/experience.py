@@ -92,13 +92,14 @@ class Rollouts(Experience):
 
     def records(self, step: int) -> Iterator[dict[str, Any]]:
         """The lines of rollouts.jsonl: everything about each completion, with the order of its tokens."""
-        orders = self.completions.unmask_step.tolist()
+        orders, logps = self.completions.unmask_step.tolist(), self.completions.behaviour_logps
         advantages = (self.advantages if self.advantages.dim() == 1 else self.advantages.mean(1)).tolist()
         for index, (prompt, text, reward) in enumerate(zip(self.prompts, self.texts, self.graded, strict=True)):
             yield {
                 "step": step, "prompt_id": prompt.id, "prompt": prompt.text, "completion": text, "reward": reward.value,
                 "verdict": reward.verdict, "parts": dict(reward.parts), "advantage": advantages[index],
                 "unmask_step": orders[index],
+                **({} if logps is None else {"behaviour_logps": [round(value, 6) for value in logps[index].tolist()]}),
             }
 
 
@@ -107,6 +108,9 @@ class Source(Protocol):
 
     def experience(self, step: int) -> Experience:
         """The completions of step `step` (1, 2, ...), a pure function of it and of the policy's weights."""
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps of the source."""
 
 
 class Failures:
@@ -155,15 +159,19 @@ class RolloutSource:
     def experience(self, step: int) -> Rollouts:
         """Fresh completions of the prompts whose turn it is."""
         chosen = pick(self.prompts, self.prompts_per_step, seed=self.seed, step=step - 1)
-        found = collect(
-            self.policy, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step
-        )
+        prepared = self.sampler.prepared(self.policy)  # once a step
+        found = collect(prepared, self.task, self.grader, self.sampler, chosen, self.group_size, seed=self.seed, step=step)
         self.failures.count(found.graded)
         self.variety.count(found.groups.tolist(), found.texts)
-        if not (self.sampler.approximate and self.check_prompts):
+        if not (self.check_prompts and self.sampler.approximates(self.policy)):
             return found
         few = found.completions.prompts.rows(slice(0, self.check_prompts * self.group_size, self.group_size))
-        return replace(found, drift=disagreement(self.policy, self.sampler, few, self.task.completion_length))
+        drift = disagreement(self.policy, self.sampler, few, self.task.completion_length, prepared)
+        return replace(found, drift=drift)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many of the last steps had no variety."""
+        return {"identical_steps": self.variety.steps}
 
 
 def pick(items: Sequence[Item], count: int, *, seed: int, step: int) -> list[Item]:

@@ -88,7 +88,8 @@ class MaskedDiffusionLM(LM):
         seed: of all noise. (lm-eval's `--seed` concerns its own choices, such as few-shot examples.)
         batch_size: sequences per forward pass.
         max_gen_toks: tokens to generate where the task does not say.
-        block_length: the sampler's block; lengths are rounded up to whole blocks, and the surplus is cut off.
+        block_length: the sampler's block (None: 32, or that of the model's attention); lengths are rounded up to whole
+            blocks, and the surplus is cut off.
         denoising_steps: forward passes per generation. None: two tokens per step.
         temperature: where the task does not say; 0 is greedy.
         max_length: of prompt and canvas together. None: what the model's configuration says.
@@ -101,9 +102,9 @@ class MaskedDiffusionLM(LM):
 
     def __init__(
         self, path: str | None = None, *, num_samples: int = 16, likelihood: str = "elbo", seed: int = 0,
-        batch_size: int | str = 32, max_gen_toks: int = 256, block_length: int = 32, denoising_steps: int | None = None,
-        temperature: float = 0.0, max_length: int | None = None, device: str | None = None, dtype: str = "float32",
-        **unknown: object,
+        batch_size: int | str = 32, max_gen_toks: int = 256, block_length: int | None = None,
+        denoising_steps: int | None = None, temperature: float = 0.0, max_length: int | None = None,
+        device: str | None = None, dtype: str = "float32", **unknown: object,
     ) -> None:
         super().__init__()
         for name in unknown:
@@ -113,8 +114,8 @@ class MaskedDiffusionLM(LM):
             raise bad_value("path", path, "a run folder, a checkpoint folder, an adapter folder or a hub name")
         check(str(batch_size).isdigit() and int(batch_size) >= 1, "batch_size", batch_size, "an integer >= 1")
         for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0), ("max_gen_toks", max_gen_toks, 1),
-                                   ("block_length", block_length, 1), ("denoising_steps", denoising_steps or 1, 1),
-                                   ("max_length", max_length or 2, 2)):
+                                   ("block_length", 1 if block_length is None else block_length, 1),
+                                   ("denoising_steps", denoising_steps or 1, 1), ("max_length", max_length or 2, 2)):
             check(isinstance(value, int) and value >= least, name, value, f"an integer >= {least}")
         check(isinstance(temperature, (int, float)) and temperature >= 0, "temperature", temperature, "a number >= 0")
         check(likelihood in ESTIMATORS, "likelihood", likelihood, " or ".join(ESTIMATORS))
@@ -246,9 +247,10 @@ class MaskedDiffusionLM(LM):
         """What a request asks for. `number` counts the equal requests before it."""
         max_tokens = int(next((settings[name] for name in LENGTHS if settings.get(name) is not None), self.max_gen_toks))
         check(max_tokens >= 1, "max_gen_toks", max_tokens, "an integer >= 1")
-        block = min(self.sampler.block_length or max_tokens, max_tokens)
+        own = self.policy.rules.block_length
+        block = self.sampler.block(max_tokens, own)
         canvas = -(-max_tokens // block) * block
-        self.sampler.plan(canvas)  # refuses numbers of steps that do not fit, before anything is computed
+        self.sampler.plan(canvas, own)  # refuses numbers of steps that do not fit, before anything is computed
         temperature = settings.get("temperature")
         temperature = self.sampler.temperature if temperature is None else float(temperature)
         greedy = settings.get("do_sample") is False

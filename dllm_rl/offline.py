@@ -215,6 +215,10 @@ class FileSource:
             mask_step=step if self.masks == "fresh" else 0,
         )
 
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: the step says where in the file it is."""
+        return {}
+
 
 def check_output(path: Path, overwrite: bool, key: str = "output") -> None:
     """Refuses, before anything is computed, a file that could not be written.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from dllm_rl.diffusion import divergence as divergences
@@ -119,6 +120,12 @@ class Recorder:
                 self._logps = logps.new_zeros(self._scored.shape)
             self._logps[chunk.rows, chunk.sample] = logps.detach()
         return logps
+
+    def recorded(self, completions: Completions) -> Scores:
+        """What the sampler recorded of the tokens, in place of a forward pass; only `note` is needed before."""
+        assert completions.behaviour_logps is not None
+        values = rearrange(completions.behaviour_logps, "b l -> b 1 l")
+        return replace(self.scores(), logps=torch.where(self._scored, values, 0.0))
 
     def scores(self) -> Scores:
         logps = torch.zeros_like(self._scored, dtype=torch.float64) if self._logps is None else self._logps

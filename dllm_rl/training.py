@@ -92,6 +92,7 @@ class Training:
         """What a checkpoint keeps beside the weights."""
         return {
             **self.optimizer.state_dict(),
+            "source": self.source.state_dict(),
             "critic": self.critic.state_dict() if self.critic else {},
             "kl_reward_coef": self.kl_reward.coef if self.kl_reward else 0.0,
         }

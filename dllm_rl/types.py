@@ -68,7 +68,7 @@ class Completions(_Rows):
     """[B, 2] int64: forward passes over the whole row, and over parts of it (with a cache), that wrote it. None: unknown."""
     behaviour_logps: Tensor | None = None
     """[B, L] float64: log-probability of each token, at temperature 1, at the state that the sampler wrote it in; 0 where
-    unmask_step is -1. What `likelihood=trajectory` scores with steps_per_slice=1. None: not recorded."""
+    unmask_step is -1. What `likelihood=trajectory` scores with steps_per_slice=1; ratios are to them. None: not recorded."""
 
     @property
     def nfe(self) -> Tensor:

@@ -43,10 +43,8 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
         Engine(completions, Masks(run.likelihood, run.seed, experience.mask_step, inner), config.micro_samples)
         for inner in range(config.inner_updates if resampled else 1)
     ]
-    # What the policy that sampled says of masks that only later updates use, before the weights move. On the first
-    # update's masks its values are those of that update itself.
-    later = engines[1:] if traits.uses_old else []
-    old: dict[int, Scores] = {1 + n: engine.score(policy, top_k=objective.support_size) for n, engine in enumerate(later)}
+    recorded = uses_recorded(run, completions)
+    old = {n: engine.recorded(policy) for n, engine in enumerate(engines)} if recorded else known_before(run, engines)
     reference = [engine.score(run.reference) for engine in engines] if run.reference and traits.uses_reference else []
     exact = several and (objective.measured_divergence or "").startswith("exact")
     sampled_by = policy.frozen_copy() if exact else None
@@ -55,7 +53,7 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
     judged: dict[str, float] = {}
     for inner in range(config.inner_updates):
         number = inner if resampled else 0
-        before = old.get(number) if inner else None
+        before = old.get(number)
         halves = _Halves(run)
         extras = Extras(groups, mismatched(run, engines[number], groups))
         with SavedBytes() as saved:
@@ -70,14 +68,32 @@ def update(run: Training, experience: Experience, appraisal: Appraisal | None = 
                 targets = appraisal.returns
                 if traits.needs_critic:
                     targets = objective.value_targets(targets, scores.terms - reference[number].terms, scores.region.sum(1))
-                judged = judged or appraisal.metrics(targets)
+                judged = judged if inner else judged | appraisal.metrics(targets)
                 figures |= run.critic.learn(appraisal, targets)
         if not resampled:
             old.setdefault(0, scores)
         known = None if traits.reads_rewards else before or (None if inner else scores)
+        if recorded and before and not inner:
+            judged["sampler/behaviour_gap"] = float((scores.logps - before.logps)[scores.scored].abs().mean())
         metrics = losses | figures | diagnostics(scores, known, advantages, objective.binary_divergence)
         metrics |= {"grad/norm": run.optimizer.step(), "memory/saved_bytes": saved.peak}
     return {"update/sequences": len(completions), **metrics, **judged}
+
+
+def uses_recorded(run: Training, completions: Completions) -> bool:
+    """Whether ratios are to what the sampler recorded, at the very states that are scored, and not to a pass of our own.
+
+    A cache or half precision makes the two differ. Divergences of whole distributions have no use for one number per token.
+    """
+    objective, known = run.objective, completions.behaviour_logps is not None
+    return known and run.likelihood.replays and objective.traits.uses_old and objective.measured_divergence is None
+
+
+def known_before(run: Training, engines: list[Engine]) -> dict[int, Scores]:
+    """What the policy that sampled says of masks that only later updates use, before the weights move. On the first update's
+    masks its values are those of that update itself."""
+    later = engines[1:] if run.objective.traits.uses_old else []
+    return {1 + n: engine.score(run.policy, top_k=run.objective.support_size) for n, engine in enumerate(later)}
 
 
 def learns_from(run: Training, advantages: Tensor, experience: Experience) -> Tensor:

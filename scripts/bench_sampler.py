@@ -1,9 +1,12 @@
 """Tokens per second of the samplers against LLaDA's published loop, on the same models and prompts in one run.
 
 The reference computes logits at every position of prompt and canvas, for all steps of all blocks, for the batch as given.
+Two versions of it are published: with the softmax of the confidences in float64, and since then in the precision of the
+logits. The second is the faster one, and the base of all ratios; `same` is about the text of the first, which has no ties of
+rounding.
 Small models of three tasks answer on a canvas of 256 tokens. Most of it is EOS, as instruction-tuned models leave most of
 theirs: that is where stopping early gains, and the ablation says how much each technique does. Times are processor seconds
-of one thread on a CPU (neighbours disturb them less) and wall seconds on a GPU; a token is one of the text or its EOS.
+of one thread on a CPU (neighbours disturb them less) and wall seconds on a GPU; a token is one of the text or its end.
 
     scripts/bench_sampler --json bench_sampler.json
     scripts/bench_sampler --shape llada_8b --layers 2 --hidden-size 512 --length 64 --prompts 1     V = 126,464
@@ -19,12 +22,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_common import device, llada_policy, parser, write_json
+from omegaconf import OmegaConf
 from torch import Tensor
 from transformers.utils import logging
 
@@ -32,7 +37,7 @@ from dllm_rl.diffusion.corruption import through_first
 from dllm_rl.diffusion.reading import CacheConfig
 from dllm_rl.diffusion.sampler import LowConfidence, Parallel, Sampler
 from dllm_rl.models.policy import Policy, load_policy
-from dllm_rl.run_folder import resolve_model_path
+from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
 from dllm_rl.statistics import mean_interval
 from dllm_rl.task import Task
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
@@ -41,18 +46,21 @@ from dllm_rl.tasks.planning.sudoku import Sudoku
 from dllm_rl.types import Completions, PromptBatch
 
 TASKS: dict[str, type[Task]] = {"sudoku": Sudoku, "word_problems": WordProblems, "program_synthesis": ProgramSynthesis}
-REFERENCE = "reference: LLaDA's loop"
+REFERENCE, REFERENCE64 = "reference: LLaDA's loop", "reference: LLaDA's loop, softmax in float64"
 DEFAULT = "sampler=low_confidence (default)"
 Draw = Callable[[Policy, PromptBatch, int], Completions]
 
 
 @torch.no_grad()
-def reference(policy: Policy, prompts: PromptBatch, length: int, block: int, steps: int, temperature: float) -> Completions:
-    """LLaDA's generate.py as published: float64 Gumbel-max and softmax over prompt and canvas, the top k row by row.
+def reference(
+    policy: Policy, prompts: PromptBatch, length: int, plan: tuple[int, int], temperature: float, float64: bool
+) -> Completions:
+    """LLaDA's generate.py as published: float64 Gumbel-max and a softmax over prompt and canvas, the top k row by row.
 
-    Its only addition is the attention mask, for prompts of different lengths.
+    `plan` is the block length and the steps per block; `float64` says whether that softmax is in float64. Its only
+    addition is the attention mask, for prompts of different lengths.
     """
-    width, per_block = prompts.ids.shape[1], steps // (length // block)
+    width, (block, per_block) = prompts.ids.shape[1], plan
     x = F.pad(prompts.ids, (0, length), value=policy.mask_id)
     order = torch.full_like(x, -1)
     attended = F.pad(prompts.mask, (0, length), value=True).long()
@@ -66,7 +74,8 @@ def reference(policy: Policy, prompts: PromptBatch, length: int, block: int, ste
             mask_index = x == policy.mask_id
             logits = policy.network(input_ids=x, use_cache=False, **given).logits
             x0 = gumbel_max(logits, temperature).argmax(-1)
-            confidence = logits.double().softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+            law = (logits.double() if float64 else logits).softmax(-1)
+            confidence = law.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
             confidence[:, end:] = -torch.inf
             x0 = torch.where(mask_index, x0, x)
             confidence = torch.where(mask_index, confidence, -torch.inf)
@@ -104,18 +113,18 @@ def configurations(options: argparse.Namespace) -> dict[str, Draw]:
         "sampler=fast_dllm, bfloat16": replace(parallel, cache=CacheConfig("dual"), dtype="bfloat16"),
     }
 
-    def published(policy: Policy, prompts: PromptBatch, length: int) -> Completions:
-        block, per_block = plain.plan(length)
-        parts = [reference(policy, prompts.rows(slice(n, n + options.batch)), length, block, length // block * per_block,
-                           options.temperature) for n in range(0, len(prompts), options.batch)]
+    def published(policy: Policy, prompts: PromptBatch, length: int, float64: bool = False) -> Completions:
+        chunks = [prompts.rows(slice(n, n + options.batch)) for n in range(0, len(prompts), options.batch)]
+        parts = [reference(policy, chunk, length, plain.plan(length), options.temperature, float64) for chunk in chunks]
         return Completions(*(torch.cat([getattr(part, name) for part in parts])
                              for name in ("prompt_ids", "prompt_mask", "sample_ids", "ids", "unmask_step")))
 
     def of(sampler: Sampler) -> Draw:
         return lambda policy, prompts, length: sampler.sample(policy, prompts, length, seed=0, step=0)
 
-    every = {REFERENCE: published, **{name: of(sampler) for name, sampler in samplers.items()}}
-    return {name: draw for name, draw in every.items() if not options.only or name in (REFERENCE, *options.only)}
+    references: dict[str, Draw] = {REFERENCE: published, REFERENCE64: partial(published, float64=True)}
+    chosen = {name: of(sampler) for name, sampler in samplers.items() if not options.only or name in options.only}
+    return references | chosen
 
 
 @dataclass
@@ -126,7 +135,7 @@ class Measured:
     tokens: int
     nfe: int
     same: float
-    """Share of the reference's text that is the same, token by token."""
+    """Share of the text of the reference in float64 that is the same, token by token."""
     correct: list[float]
 
     def record(self, name: str, base: Measured) -> dict[str, Any]:
@@ -158,11 +167,11 @@ def measure(
             start = clock()
             found[name] = draw(policy, prompts, length)
             seconds[name].append(clock() - start)
-    exact = found[REFERENCE].ids
-    text = through_first(exact, policy.eos_id)
+    exact = found[REFERENCE64].ids
+    text = through_first(exact, *policy.stop_ids)
     return {
         name: Measured(
-            seconds[name], int(through_first(one.ids, policy.eos_id).sum()), int(one.nfe.sum()),
+            seconds[name], int(through_first(one.ids, *policy.stop_ids).sum()), int(one.nfe.sum()),
             float(((one.ids == exact) & text).sum() / text.sum()), grade(one),
         ) for name, one in found.items()
     }
@@ -177,17 +186,32 @@ def pooled(parts: list[Measured]) -> Measured:
     )
 
 
+def trained(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the run in `folder` had these settings (where the model came from apart) and is finished."""
+    file = folder / "config.yaml"
+    config = OmegaConf.load(file) if file.exists() else OmegaConf.create()
+    same = all(OmegaConf.select(config, key) == value for key, value in settings.items() if key != "model.path")
+    last = latest_checkpoint(folder)
+    return same and last is not None and last.name == f"step-{settings['supervised.steps']:06d}"
+
+
 def trained_policy(name: str, options: argparse.Namespace) -> Policy:
-    """A small model of the task, made where missing: first on its own short canvas, then on the long one."""
+    """A small model of the task, first on its own short canvas, then on the long one.
+
+    It is made where it is missing, half trained, or was made with other settings; the second stage follows the first.
+    """
     short, long = options.models / f"{name}-short", options.models / f"{name}-{options.length}"
-    stages = ((short, [f"model.hidden_size={options.hidden_size}", f"model.num_layers={options.layers}",
-                       f"supervised.steps={options.short_steps}"]),
-              (long, [f"model.path={short}", f"task.completion_length={options.length}", "supervised.batch_size=16",
-                      f"supervised.steps={options.long_steps}", "optimizer.lr=2e-3"]))
+    sizes = {"model.hidden_size": options.hidden_size, "model.num_layers": options.layers}
+    stages = ((short, {**sizes, "supervised.steps": options.short_steps}),
+              (long, {"model.path": short, "task.completion_length": options.length, "supervised.batch_size": 16,
+                      "supervised.steps": options.long_steps, "optimizer.lr": 2e-3}))
+    anew = False
     for folder, settings in stages:
-        if not (folder / "checkpoints").exists():
-            command = [sys.executable, "-m", "dllm_rl.cli", "sft", f"task={name}", f"run_dir={folder}", *settings]
-            subprocess.run(command, check=True)
+        anew = anew or not trained(folder, settings)
+        if anew:
+            arguments = [f"{key}={value}" for key, value in settings.items()]
+            subprocess.run([sys.executable, "-m", "dllm_rl.cli", "sft", f"task={name}", f"run_dir={folder}",
+                            "resume=overwrite", *arguments], check=True)
     policy = load_policy(str(resolve_model_path(str(long))))
     policy.network.to(device())
     return policy

@@ -2,7 +2,7 @@
 but the random numbers.
 
 LLaDA: arXiv 2502.09992, algorithm 5, and generate.py. Dream: arXiv 2508.15487 and generation_utils.py. Fast-dLLM: arXiv
-2505.22618 and llada/generate.py.
+2505.22618 and llada/generate.py. SDAR: arXiv 2510.06303 and generate.py.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Naive:
     suppress_eos_confidence: bool = False
     position_by: str = "sampled_prob"
     judge_law: bool = False
+    alg_temp: float = 0.0
     cache: str = "none"
     refresh: int | None = None
     canvas: list[int] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Naive:
         self.order = [-1] * self.length
         key = make_key(self.seed, Purpose.SAMPLE, self.step, torch.tensor([self.sample_id]))
         self.numbers: Callable[[int], list[float]] = lambda now: uniform(fold(key, now), 2 * self.length)[0].tolist()
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def masked(self, start: int = 0, end: int | None = None) -> list[int]:
         return [i for i in range(start, self.length if end is None else end) if self.canvas[i] == self.policy.mask_id]
@@ -61,34 +62,47 @@ class Naive:
     def logits(self, start: int, end: int, since_block: int) -> list[list[float]]:
         """Rows for the whole canvas; only those of the block are looked at."""
         ids = torch.cat([self.prompt, torch.tensor(self.canvas)]).unsqueeze(0)
-        if self.cache != "none":
-            return self.cached(ids, start, end, since_block)
-        logits = self.policy.network(input_ids=ids).logits[0, len(self.prompt) :]
+        logits = self.looked(ids, start, end, since_block, 0)
         if self.cfg_scale:
             blind = ids.clone()
             blind[:, : len(self.prompt)] = self.policy.mask_id
-            free = self.policy.network(input_ids=blind).logits[0, len(self.prompt) :]
+            free = self.looked(blind, start, end, since_block, 1)
             logits = free + (self.cfg_scale + 1) * (logits - free)
-        return logits.tolist()
+        found: list[list[float]] = logits.tolist()
+        return found
 
-    def cached(self, ids: Tensor, start: int, end: int, since_block: int) -> list[list[float]]:
-        """Fast-dLLM's caches by transformers' own cache, filled by a full pass and cut at the block."""
-        width = len(self.prompt)
-        if since_block == 0 or (self.refresh and since_block % self.refresh == 0):
+    def looked(self, ids: Tensor, start: int, end: int, since_block: int, half: int) -> Tensor:
+        """[L, V] for the prompt as it is (half 0) or hidden (1); a shifted model says at a place what the next one is."""
+        width, shift = len(self.prompt), self.policy.rules.logit_shift
+        if self.cache == "none":
+            logits = self.policy.network(input_ids=ids).logits[0]
+        elif since_block == 0 or (self.refresh and since_block % self.refresh == 0):
             cache = DynamicCache()
-            logits = self.policy.network(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, width:]
-            self.kept = [(layer.keys, layer.values) for layer in cache.layers]
-            return logits.tolist()
-        stop = self.length if self.cache == "prefix" else end
-        place = torch.arange(width + start, width + stop)
-        others = [i for i in range(ids.shape[1]) if i < width + start or i >= width + stop]
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.kept):
+            logits = self.policy.network(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
+            self.kept[half] = [(layer.keys, layer.values) for layer in cache.layers]
+        else:
+            logits = self.cached(ids, width + start, width + (self.length if self.cache == "prefix" else end), half)
+        return logits[width - shift : width - shift + self.length]
+
+    def cached(self, ids: Tensor, start: int, stop: int, half: int) -> Tensor:
+        """Fast-dLLM's caches by transformers' own cache, filled by a full pass and cut at the window [start, stop).
+
+        A shifted model also computes the column before the window, which sees the window as it is and itself and all else
+        as it was; nobody sees the new one.
+        """
+        first, others = start - self.policy.rules.logit_shift, [i for i in range(ids.shape[1]) if not start <= i < stop]
+        cache, place = DynamicCache(), torch.arange(first, stop)
+        for number, (keys, values) in enumerate(self.kept[half]):
             cache.update(keys[:, :, others], values[:, :, others], number)
+        seen = torch.ones(1, 1, len(place), len(others) + len(place), dtype=torch.bool)
+        seen[..., len(others) : len(others) + start - first] = False
         found = self.policy.network(
-            input_ids=ids[:, place], past_key_values=cache, use_cache=True, position_ids=place.unsqueeze(0)
-        ).logits[0].tolist()
-        return [[]] * start + found + [[]] * (self.length - stop)
+            input_ids=ids[:, place], past_key_values=cache, use_cache=True, position_ids=place.unsqueeze(0),
+            attention_mask=seen,
+        ).logits[0]
+        logits: Tensor = found.new_zeros(ids.shape[1], found.shape[-1])
+        logits[first:stop] = found
+        return logits
 
     # What a position would write, and how sure it is.
 
@@ -148,6 +162,8 @@ def proposals(one: Naive, start: int, end: int, since_block: int, now: int) -> l
     found = []
     for place in one.masked(start, end):
         token, sure = one.proposal(logits[place], numbers[place], numbers[one.length + place], place)
+        if one.alg_temp:  # the best n of confidence / alg_temp + Gumbel noise are n draws without replacement
+            sure = sure / one.alg_temp - math.log(-math.log(numbers[one.length + place]))
         found.append((-sure, place, token))
     return sorted(found)
 
@@ -177,10 +193,10 @@ def dream(one: Naive, steps: int, alg: str, eps: float = 1e-3) -> Naive:
         if alg == "origin":
             numbers = one.numbers(i)
             taken = {p for p in masked if numbers[one.length + p] > 1 - share.double().item()}
-            best = [item for item in proposals(one, 0, one.length, 0, i) if item[1] in taken] if taken else []
+            best = [item for item in proposals(one, 0, one.length, one.passes, i) if item[1] in taken] if taken else []
         else:
             take = int(len(masked) * share)
-            best = proposals(one, 0, one.length, 0, i)[:take] if take else []
+            best = proposals(one, 0, one.length, one.passes, i)[:take] if take else []
         if best:
             one.write({place: token for _, place, token in best})
     return one
@@ -206,4 +222,37 @@ def fast_dllm(
             take = min(max(1, take), most or len(best))
             one.write({place: token for _, place, token in best[:take]})
             now, since = now + 1, since + 1
+    return one
+
+
+@torch.no_grad()
+def sdar(one: Naive, block: int, steps: int, threshold: float | None = None) -> Naive:
+    """Blocks of prompt and completion together; those that lie in the prompt are done, the first other one holds its end.
+
+    A step writes the share of the schedule, or all that are surer than the threshold if those are more. Two departures: the
+    canvas ends with the completion (there it is filled up to a whole block), and a step writes no more than what is masked
+    (there the rest of its share would overwrite the prompt).
+    """
+    width, now = len(one.prompt), 0
+    ids = one.prompt.tolist()
+    for start in range(width // block * block, width + one.length, block):
+        end = min(start + block, width + one.length)
+        step = 0
+        while one.masked(max(start - width, 0), end - width):
+            row = torch.tensor(ids + one.canvas)[:end]
+            owner = torch.arange(end) // block
+            seen = torch.zeros(end, end, dtype=torch.float64).masked_fill(owner[:, None] < owner[None, :], -1e30)
+            logits = one.policy.network(
+                input_ids=row[None], attention_mask=seen[None, None], position_ids=torch.arange(end)[None], use_cache=False
+            ).logits[0, width:].tolist()
+            numbers = one.numbers(now)
+            found = []
+            for place in one.masked(max(start - width, 0), end - width):
+                token, sure = one.proposal(logits[place], numbers[place], numbers[one.length + place], place)
+                found.append((-sure, place, token))
+            best, take = sorted(found), block // steps + (step < block % steps)
+            if threshold is not None:
+                take = max(take, sum(-minus > threshold for minus, _, _ in best))
+            one.write({place: token for _, place, token in best[:take]})
+            now, step = now + 1, step + 1
     return one

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dllm_rl.checkpoint import load_state
 from dllm_rl.diffusion.reading import CacheConfig
 from dllm_rl.diffusion.sampler import LowConfidence, Parallel, Sampler
 from dllm_rl.drift import Variety, disagreement, effort
 from dllm_rl.errors import UserError
 from dllm_rl.experience import RolloutSource
+from dllm_rl.run_folder import latest_checkpoint
 from dllm_rl.trainer import train
 from dllm_rl.types import Completions
 from tests.conftest import make_policy
@@ -91,6 +93,21 @@ def test_a_run_logs_drift_for_approximate_samplers_only(tmp_path: Path) -> None:
         rows = run.folder.read("metrics.jsonl")
         assert all(1 <= row["sampler/nfe"] <= 4 and row["sampler/tokens_per_pass"] >= 1 for row in rows)
         assert all(("sampler/disagreement" in row) == (name == "fast") for row in rows)
+
+
+def test_the_count_survives_a_restart(tmp_path: Path) -> None:
+    """Two such steps, a checkpoint, and one more in a new process."""
+    run = training(tmp_path, 6, task=Letters())
+    run.config.steps = 2
+    run.source = source_of(run.source, LowConfidence(temperature=0.0), variety=Variety(3))
+    train(run)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    state = load_state(checkpoint)
+    assert state["step"] == 2 and state["source"] == {"identical_steps": 2}
+    again = Variety(3, state["source"]["identical_steps"])
+    with pytest.raises(UserError, match="max_identical_steps=3"):
+        again.count([0, 0], ["a", "a"])
 
 
 def test_a_run_with_identical_rollouts_is_stopped(tmp_path: Path) -> None:

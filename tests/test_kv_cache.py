@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dllm_rl.diffusion.reading import CacheConfig
-from dllm_rl.diffusion.sampler import LowConfidence, Parallel
+from dllm_rl.diffusion.sampler import Dream, LowConfidence, Parallel, Sampler
 from dllm_rl.models.families import FACTS, Family
 from dllm_rl.models.families import FAMILIES as KNOWN
 from dllm_rl.models.kv_cache import KeyValueCache
@@ -112,13 +112,14 @@ class BlockCausal(Policy):
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("sampler", [
-    LowConfidence(block_length=4, denoising_steps=9), LowConfidence(block_length=6, denoising_steps=8, temperature=0.0),
-    Parallel(block_length=4, threshold=0.35), Parallel(block_length=3, threshold=0.35, cfg_scale=0.5),
-], ids=["even", "across blocks of attention", "parallel", "guided"])
+    LowConfidence(denoising_steps=9), LowConfidence(block_length=2, denoising_steps=12, temperature=0.0),
+    LowConfidence(position_by="random", stop_early=False), Parallel(threshold=0.35),
+    Parallel(block_length=2, threshold=0.35, cfg_scale=0.5), Dream(alg_temp=0.2), Dream(alg="origin"),
+], ids=["even", "parts of blocks", "random", "parallel", "guided", "dream", "origin"])
 def test_the_cache_of_a_block_causal_model_is_exact(
-    sampler: LowConfidence | Parallel, shift: int, monkeypatch: pytest.MonkeyPatch
+    sampler: Sampler, shift: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of every length modulo the block of attention, and blocks of the sampler that do not fit those."""
+    """Prompts of every length modulo the block of attention."""
     base = make("qwen3")
     monkeypatch.setitem(KNOWN, "mine", Family("mine", logit_shift=shift))
     setattr(base.network.config, FACTS, {"family": "mine", "block_length": BLOCK})

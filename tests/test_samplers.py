@@ -251,6 +251,8 @@ def test_results_do_not_depend_on_the_batch(sharp: Policy, sampler: Sampler) -> 
 def test_behaviour_logps_are_those_of_the_states_that_were_written(sharp: Policy) -> None:
     prompts = ragged(sharp)
     for sampler in (LowConfidence(block_length=4, temperature=2.0, record_logps=True),
+                    LowConfidence(block_length=4, suppress_eos=True, top_k=5, record_logps=True),
+                    Dream(suppress_eos=True, suppress_eos_confidence=True, top_p=0.9, record_logps=True),
                     Parallel(threshold=0.3, record_logps=True)):
         found = draw(sampler, sharp, prompts)
         assert found.behaviour_logps is not None
@@ -271,17 +273,18 @@ def test_behaviour_logps_are_those_of_the_states_that_were_written(sharp: Policy
     assert draw(LowConfidence(), sharp, prompts).behaviour_logps is None
 
 
-def test_half_precision_samples_from_a_copy(sharp: Policy) -> None:
-    seen: list[torch.dtype] = []
-    before = [parameter.clone() for parameter in sharp.network.parameters()]
-    copied = sharp.in_dtype(torch.bfloat16)
-    copied.network.register_forward_hook(lambda _m, _i, out: seen.append(out.logits.dtype))
-    found = LowConfidence().sample(copied, ragged(sharp), LENGTH, seed=0, step=1)
-    assert set(seen) == {torch.bfloat16} and not any(parameter.requires_grad for parameter in copied.network.parameters())
-    assert copied.network.model.rotary_emb.inv_freq.dtype == sharp.network.model.rotary_emb.inv_freq.dtype
-    assert torch.equal(draw(LowConfidence(dtype="bfloat16"), sharp, ragged(sharp)).ids, found.ids)
-    assert all(torch.equal(a, b) for a, b in zip(before, sharp.network.parameters(), strict=True))
-    assert LowConfidence(dtype="bfloat16").approximate and not LowConfidence(dtype="bfloat16").exact().approximate
+class Bare:
+    """A model that remembers nothing."""
+
+    mask_id, eos_id = 0, 1
+
+
+def test_a_cache_needs_a_model_that_has_one(sharp: Policy) -> None:
+    for sampler in (LowConfidence(cache=CacheConfig("dual")), Parallel(cache=CacheConfig("exact"))):
+        with pytest.raises(UserError, match=r"sampler\.cache\.kind=\w+: must be none with this model: it has no cache"):
+            sampler.check_model(Bare(), LENGTH)
+    LowConfidence().check_model(Bare(), LENGTH)
+    LowConfidence(cache=CacheConfig("dual")).check_model(sharp, LENGTH)
 
 
 def test_logits_only_where_they_are_needed(sharp: Policy) -> None:

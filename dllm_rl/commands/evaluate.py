@@ -68,7 +68,7 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     configs = {names[0]: config} | {name: _composed(name, tasks) for name in names[1:]}
     jobs = {names[0]: settings} | {name: common.instances(configs[name]) for name in names[1:]}
     for job in jobs.values():  # whatever can be refused is refused before there is a folder
-        job["sampler"].plan(job["task"].completion_length)
+        job["sampler"].check_length(job["task"].completion_length)
         job["task"].prompts("test")
 
     paths = {"model": resolve_model_path(settings["model"].path)}
@@ -82,6 +82,9 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     folder = common.run_directory("evaluate", settings, ("task",), ["+".join(names), label])
     RunFolder.claim(folder, settings["resume"], record)
     policies = {of: _policy(settings, path, of) for of, path in paths.items()}
+    for job in jobs.values():
+        for policy in policies.values():
+            job["sampler"].check_model(policy, job["task"].completion_length)
     RunFolder.open(folder, record, from_step=0)
     log = SampleLog(folder)
     if settings["resume"] == "overwrite":

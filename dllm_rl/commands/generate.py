@@ -28,12 +28,13 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     seed, task, sampler = common.check_seed(settings["seed"]), settings["task"], settings["sampler"]
     common.require_model_path(settings)
     check(isinstance(settings["count"], int) and settings["count"] >= 1, "count", settings["count"], "an integer >= 1")
-    sampler.plan(task.completion_length)
+    sampler.check_length(task.completion_length)
     if settings["prompt"] is None:
         prompts = list(task.prompts("test")[: settings["count"]])
     else:
         prompts = [Prompt("", str(settings["prompt"]))] * settings["count"]
     policy = common.build_policy(settings)
+    sampler.check_model(policy, task.completion_length)
     policy.network.to(common.accelerator_for_one_process().device)
     common.introduce(policy, prompts[0])
     batch = policy.encode_prompts(prompts, torch.arange(len(prompts)))

@@ -45,11 +45,13 @@ def sampled(settings: common.Settings) -> list[dict[str, Any]]:
     check(count is None or (isinstance(count, int) and count >= 1), "num_prompts", count, "an integer >= 1, or null for all")
     check(isinstance(size, int) and size >= 1, "group_size", size, "an integer >= 1")
     check(settings["split"] in ("train", "test"), "split", settings["split"], "train or test")
-    sampler.plan(task.completion_length)
+    sampler.check_length(task.completion_length)
     prompts = list(task.prompts(settings["split"]))[:count]
     policy = common.build_policy(settings)
+    sampler.check_model(policy, task.completion_length)
     policy.network.to(common.accelerator_for_one_process().device)
     common.introduce(policy, prompts[0])
+    policy = sampler.prepared(policy)
     grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
     rows, ungraded = [], 0
     for start in track(range(0, len(prompts), PROMPTS_AT_ONCE), "sampling", transient=True):

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import resources
 from itertools import chain
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from dllm_rl.commands import common
 from dllm_rl.critic import Critic
 from dllm_rl.diffusion.estimators import Trajectory
+from dllm_rl.diffusion.sampler import Sampler
 from dllm_rl.drift import Variety
 from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.experience import Failures, RolloutSource, Source
@@ -31,6 +32,8 @@ from dllm_rl.task import Task, TaskReward
 from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
 from dllm_rl.training import Training
+
+INEXACT = "sampler.cache, sampler.dtype, sampler=parallel"
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
@@ -46,11 +49,12 @@ def run(settings: common.Settings, config: DictConfig) -> None:
         # What pulls towards the model that training started from needs the very same checkpoint in a continuation.
         record["model"]["path"] = resolve_model_path(record["model"]["path"])
     RunFolder.claim(path, settings["resume"], record, ("model.path",) if uses_reference else ())
-    settings["sampler"].plan(task.completion_length)
+    settings["sampler"].check_length(task.completion_length)
     task.prompts("test")  # bad data end the run before there is a folder
 
     start = common.start(settings, path)
     policy = start.policy
+    settings["sampler"].check_model(policy, task.completion_length)
     source, skipped = make_source(settings, start)
     updates = trainer.steps * trainer.inner_updates
     critic = make_critic(settings, start, updates)
@@ -84,8 +88,9 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
     if settings["data"] is None:
         grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
         return RolloutSource(
-            policy, task, guarded(task, settings["leaks"]), grader, settings["sampler"], trainer.prompts_per_step,
-            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors), Variety(trainer.max_identical_steps),
+            policy, task, guarded(task, settings["leaks"]), grader, rollout_sampler(settings), trainer.prompts_per_step,
+            trainer.group_size, settings["seed"], Failures(trainer.max_infra_errors),
+            Variety(trainer.max_identical_steps, start.state.get("source", {}).get("identical_steps", 0)),
             trainer.sampler_check,
         ), []
     length, offline = task.completion_length, settings["offline"]
@@ -101,6 +106,19 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
     if advice:
         print(f"note: {advice}")
     return FileSource(groups, policy, length, trainer.prompts_per_step, offline.masks, settings["seed"]), skipped
+
+
+def needs_recorded(settings: common.Settings) -> bool:
+    """Whether ratios to the policy that sampled need the log-probabilities that the sampler met: its states are scored
+    again, and something in it (a cache, half precision) lets an exact pass see them differently."""
+    uses_old, replays = settings["objective"].traits.uses_old, settings["likelihood"].replays
+    return bool(settings["data"] is None and uses_old and replays and settings["sampler"].approximate)
+
+
+def rollout_sampler(settings: common.Settings) -> Sampler:
+    """The sampler, recording where that is needed."""
+    sampler: Sampler = settings["sampler"]
+    return replace(sampler, record_logps=True) if needs_recorded(settings) else sampler
 
 
 def without_leaks(groups: list[list[Scored]], task: Task, mode: str) -> list[list[Scored]]:
@@ -189,10 +207,26 @@ def least_group(settings: common.Settings) -> tuple[int, str]:
 def _check_without_data(settings: common.Settings, name: str) -> None:
     size, (least, why) = settings["trainer"].group_size, least_group(settings)
     check(size >= least, "trainer.group_size", size, f"an integer >= {least} with objective={name}: {why}")
+    same = size > 1 and settings["sampler"].deterministic
+    valid = f"a number > 0 with trainer.group_size={size}: all completions of a prompt would be the same"
+    check(not same, "sampler.temperature", settings["sampler"].temperature, valid)
+    _check_recorded(settings)
     plain = OfflineConfig()
     for field in fields(plain):
         value, default = getattr(settings["offline"], field.name), getattr(plain, field.name)
         check(value == default, f"offline.{field.name}", value, f"{default} without data=FILE: it is about files")
+
+
+def _check_recorded(settings: common.Settings) -> None:
+    """What cannot be had where ratios are to recorded log-probabilities."""
+    if not needs_recorded(settings):
+        return
+    scale, measured = settings["sampler"].cfg_scale, settings["objective"].measured_divergence
+    where = f"with likelihood=trajectory and a sampler that is not exact ({INEXACT})"
+    valid = f"0 {where}: ratios would be to guided logits, which are not the network's distribution"
+    check(scale == 0, "sampler.cfg_scale", scale, valid)
+    valid = f"binary_tv or binary_kl {where}: it records one log-probability per token"
+    check(measured is None, "objective.divergence", measured, valid)
 
 
 def _check_for_data(settings: common.Settings, name: str) -> None:

@@ -91,6 +91,11 @@ class Likelihood(ABC):
         """Consecutive draws that belong together: halves of the samples hold whole units."""
         return self.multiple
 
+    @property
+    def replays(self) -> bool:
+        """Whether every token is scored at the state in which the sampler wrote it."""
+        return False
+
     def region_of(self, ids: Tensor, eos_id: int) -> Tensor:
         """[B, L] bool: the positions of the completions `ids` [B, L] that count."""
         return through_first(ids, eos_id) if self.region == "through_first_eos" else torch.ones_like(ids, dtype=torch.bool)
@@ -109,10 +114,10 @@ class Likelihood(ABC):
         return Corruption(ids.masked_fill(choice.hidden, mask_id), choice.scored, weight, prompt)
 
 
-def through_first(ids: Tensor, eos_id: int) -> Tensor:
-    """[B, L] bool: True up to and including the first `eos_id`, everywhere if there is none."""
-    is_eos = (ids == eos_id).long()
-    return is_eos.cumsum(1) - is_eos == 0
+def through_first(ids: Tensor, *ends: int) -> Tensor:
+    """[B, L] bool: True up to and including the first of the tokens `ends`, everywhere if there is none."""
+    is_end = torch.isin(ids, torch.tensor(ends, device=ids.device)).long()
+    return is_end.cumsum(1) - is_end == 0
 
 
 def positions(region: Tensor) -> Tensor:

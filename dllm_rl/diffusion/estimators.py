@@ -199,7 +199,8 @@ class Block(Likelihood):
 
     num_samples: int = 2
     region: str = "through_first_eos"
-    block_length: int = 32
+    block_length: int | None = None
+    """null: 32, as most samplers have it."""
     scored: str = "block"
     """block | masked."""
     clean_mask_prob: float = 0.0
@@ -210,18 +211,20 @@ class Block(Likelihood):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        block = self.block_length
+        check(block is None or block >= 1, "likelihood.block_length", block, "an integer >= 1, or null")
         check(self.count_from in ("completion", "prompt"), "likelihood.count_from", self.count_from, "completion or prompt")
-        check(self.block_length >= 1, "likelihood.block_length", self.block_length, "an integer >= 1")
         check(self.scored in ("block", "masked"), "likelihood.scored", self.scored, "block or masked")
         check_probability("likelihood.clean_mask_prob", self.clean_mask_prob)
 
     def choose(self, draw: Draw) -> Choice:
         """A random subset of one block, and all later blocks."""
-        before = draw.completions.prompt_mask.sum(1) % self.block_length
+        size = self.block_length or 32
+        before = draw.completions.prompt_mask.sum(1) % size
         before = before if self.count_from == "prompt" else torch.zeros_like(before)
-        blocks = (before + draw.length - 1) // self.block_length + 1
+        blocks = (before + draw.length - 1) // size + 1
         chosen = rearrange((draw.point(draw.sample, self.num_samples) * blocks).long(), "b -> b 1")
-        owner = (positions(draw.region) + rearrange(before, "b -> b 1")) // self.block_length
+        owner = (positions(draw.region) + rearrange(before, "b -> b 1")) // size
         inside = draw.region & (owner == chosen)
         length = inside.sum(1)
         key = draw.key()
@@ -253,6 +256,10 @@ class Trajectory(Likelihood):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.steps_per_slice >= 1, "likelihood.steps_per_slice", self.steps_per_slice, "an integer >= 1")
+
+    @property
+    def replays(self) -> bool:
+        return self.steps_per_slice == 1
 
     def choose(self, draw: Draw) -> Choice:
         """What the sampler had not yet written before one of its slices."""

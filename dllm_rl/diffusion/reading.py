@@ -19,6 +19,8 @@ from dllm_rl.errors import check
 from dllm_rl.types import PromptBatch
 
 CACHES = ("none", "prefix", "dual", "exact")
+EXACT_ONLY = ("none, prefix or dual with this model: its attention is not causal between blocks, so that every key depends "
+              "on every token")
 
 
 @dataclass

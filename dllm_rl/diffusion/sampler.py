@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dllm_rl.diffusion.decoding import Sampler, even_schedule
+from dllm_rl.diffusion.decoding import Sampler, attention_block, even_schedule
 from dllm_rl.diffusion.likelihood import Denoiser
 from dllm_rl.diffusion.unmasking import (
     POSITION_RULES,
@@ -59,17 +59,17 @@ class Dream(Sampler):
     """Dream's sampler: the whole canvas at once, its own schedule and confidences (`sampler=dream`).
 
     Step i writes the share 1 - t_{i+1}/t_i of what is still masked, t linear from 1 to eps. The published code takes the
-    batch's mean number of masked tokens, so that rows influence each other; here every row counts its own. Source: Dream 7B,
-    arXiv 2508.15487, and its generation_utils.py.
+    batch's mean number of masked tokens, so that rows influence each other; here every row counts its own. Where attention
+    goes in blocks, every block has a schedule of its own. Source: Dream 7B, arXiv 2508.15487, and its generation_utils.py.
     """
 
-    block_length: int | None = None
     alg: str = "entropy"
     """origin: random positions | maskgit_plus: the most probable | topk_margin | entropy: the most certain."""
     alg_temp: float = 0.0
     """Above 0, positions are drawn with probabilities softmax(confidence / alg_temp) instead of taken in order."""
     eps: float = 1e-3
     """The time at which the last step begins to end."""
+    own_block = None
     judges_law = True
 
     def __post_init__(self) -> None:
@@ -83,6 +83,10 @@ class Dream(Sampler):
     @property
     def order(self) -> str:
         return ALGORITHMS[self.alg]
+
+    @property
+    def deterministic(self) -> bool:
+        return super().deterministic and self.alg_temp == 0
 
     def quota(self, masked: Tensor, step: Tensor, plan: tuple[int, int], noise: Tensor) -> Tensor:
         """origin writes every masked token with the probability of the step, the others a fixed part of them."""
@@ -162,8 +166,10 @@ def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
     """[B] bool: whether greedy decoding gives `ids` [B, L], one token per step, the most confident first.
 
     That is what `LowConfidence(block_length=L, denoising_steps=L, temperature=0)` decodes, but a row takes no more forward
-    passes after its first wrong token.
+    passes after its first wrong token. Where attention goes in blocks, those are decoded one after the other.
     """
+    size = attention_block(policy) or prompts.mask.shape[1] + ids.shape[1]
+    block = (prompts.mask.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)) // size
     right = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     canvas = torch.full_like(ids, policy.mask_id)
     for _ in range(ids.shape[1]):
@@ -171,6 +177,8 @@ def reproduces(policy: Denoiser, prompts: PromptBatch, ids: Tensor) -> Tensor:
             break
         part = canvas[right]
         masked = part == policy.mask_id
+        first = block[right].masked_fill(~masked, torch.iinfo(torch.int64).max).amin(1, keepdim=True)
+        masked = masked & (block[right] == first)
         logits = policy.logits(prompts.rows(right), part, masked)
         chosen = logits.argmax(-1)
         confidence = torch.zeros(part.shape, dtype=torch.float64, device=ids.device).masked_scatter(

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dllm_rl.errors import UserError
+from dllm_rl.diffusion.reading import EXACT_ONLY
+from dllm_rl.errors import check
 from dllm_rl.types import PromptBatch
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ class KeyValueCache:
         self, policy: Policy, prompts: PromptBatch, length: int, *, exact: bool = False, attention_block: int | None = None,
         shift: int = 0,
     ) -> None:
-        if exact and attention_block is None:
-            raise UserError("sampler.cache.kind=exact: must be none, prefix or dual with this model: its attention is not "
-                            "causal between blocks, so that every key depends on every token")
+        check(not exact or attention_block is not None, "sampler.cache.kind", "exact", EXACT_ONLY)
         self._policy, self._prompts, self._shift = policy, prompts, shift
         canvas = torch.ones(len(prompts), length, dtype=torch.bool, device=prompts.ids.device)
         self._attended = torch.cat([prompts.mask, canvas], dim=1)

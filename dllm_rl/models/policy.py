@@ -87,6 +87,11 @@ class Policy:
         known, names = self.tokenizer.get_vocab(), (self.rules.turn_end, *END_OF_TURN)
         return list(dict.fromkeys([self.eos_id, *(known[name] for name in names if name in known)]))
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a text: EOS, and the family's end of a turn."""
+        return [self.eos_id] if self.turn_end_id is None else [self.eos_id, self.turn_end_id]
+
     def logits(self, prompts: PromptBatch, canvas: Tensor, positions: Tensor) -> Tensor:
         """The one forward pass.
 
@@ -256,7 +261,7 @@ class Policy:
 
     def decode(self, ids: Tensor) -> list[str]:
         """The texts of [B, L] completions, each cut at its first EOS or end of a turn."""
-        texts, ends = [], {self.eos_id, self.turn_end_id}
+        texts, ends = [], self.stop_ids
         for row in ids.tolist():
             end = next((place for place, token in enumerate(row) if token in ends), len(row))
             texts.append(str(self.tokenizer.decode(row[:end], skip_special_tokens=True)))
@@ -271,14 +276,25 @@ class Policy:
         fixed = {id(parameter): parameter for parameter in self.network.parameters() if not parameter.requires_grad}
         return copy.deepcopy(self, fixed)
 
+    def is_in(self, dtype: torch.dtype) -> bool:
+        """Whether all parameters have this precision; weights in four bits have none."""
+        return all(parameter.dtype == dtype for parameter in self.network.parameters() if parameter.is_floating_point())
+
     def in_dtype(self, dtype: torch.dtype) -> Policy:
-        """A frozen copy whose parameters are in another precision; rotary tables and other buffers keep theirs, weights in
-        four bits are shared."""
-        parameters: dict[int, Any] = {
-            id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
-            if parameter.is_floating_point() else parameter for parameter in self.network.parameters()
-        }
-        return copy.deepcopy(self, parameters)  # deepcopy takes what it is given in place of a copy of its own
+        """The policy itself where it is in this precision, else a frozen copy that is; rotary tables and other buffers keep
+        theirs. What is not trained and needs no change is shared."""
+        if self.is_in(dtype):
+            return self
+
+        def changed(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+            same = parameter.dtype == dtype or not parameter.is_floating_point()
+            if same and not parameter.requires_grad:
+                return parameter
+            return torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+
+        kept: dict[int, Any] = {id(parameter): changed(parameter) for parameter in self.network.parameters()}
+        kept[id(self.tokenizer)] = self.tokenizer
+        return copy.deepcopy(self, kept)  # deepcopy takes what it is given in place of a copy of its own
 
     def freeze(self) -> Policy:
         """The policy itself, its parameters without gradients."""

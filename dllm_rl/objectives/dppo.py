@@ -7,7 +7,8 @@ position (arXiv 2602.04879, eq. 11-14; the authors' Stable-RL code):
     M = 0  iff  (A > 0 and r > 1 and D > delta_high)  or  (A < 0 and r < 1 and D > delta_low)
 
 Updates that move π back towards μ are never masked. M and r carry no gradient, so the loss is a sum over samples: one pass.
-For masked diffusion μ is the policy that sampled, at the same masked state (not the sampler's law at the unmasking step).
+For masked diffusion μ is the policy that sampled, at the same masked state. On a trajectory of an approximate sampler that
+is what it recorded at the unmasking step (`dllm_rl.update.uses_recorded`), else a forward pass of that policy.
 """
 
 from __future__ import annotations
