@@ -38,6 +38,7 @@ from dllm_rl.diffusion.reading import CacheConfig
 from dllm_rl.diffusion.sampler import LowConfidence, Parallel, Sampler
 from dllm_rl.models.policy import Policy, load_policy
 from dllm_rl.run_folder import latest_checkpoint, resolve_model_path
+from dllm_rl.sandbox import SandboxConfig, configure
 from dllm_rl.statistics import mean_interval
 from dllm_rl.task import Task
 from dllm_rl.tasks.code.program_synthesis import ProgramSynthesis
@@ -270,6 +271,7 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    configure(SandboxConfig(allow_unisolated=True))  # expressions of a tiny model; bubblewrap is used where it is there
     run = on_tasks if options.shape == "tiny" else on_llada_shape
     found = run(options, configurations(options))
     write_json(options.json, {**found, "device": str(device()), "temperature": options.temperature, "length": options.length,
