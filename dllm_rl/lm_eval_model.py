@@ -35,7 +35,7 @@ from tqdm import tqdm
 from dllm_rl.accumulate import Engine
 from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.enumeration import Enumeration
-from dllm_rl.diffusion.estimators import Bernoulli, Coupled, Quadrature, StratifiedCounts
+from dllm_rl.diffusion.estimators import Bernoulli, Coupled, Quadrature, StratifiedCounts, elbo_of
 from dllm_rl.diffusion.sampler import LowConfidence, reproduces
 from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.models.policy import Policy, load_policy
@@ -123,13 +123,17 @@ class MaskedDiffusionLM(LM):
         check(str(device or "cpu").split(":")[0] in ("cpu", "cuda"), "device", device, "cpu or cuda")
         self.batch_size, self.seed, self.max_gen_toks = int(batch_size), seed, max_gen_toks
         self.sampler = LowConfidence(block_length, denoising_steps, temperature, batch_size=self.batch_size)
-        self.estimator = ESTIMATORS[likelihood](num_samples=num_samples)
         self.path = resolve_model_path(str(path), "path")
         self.policy: Policy = load_policy(self.path, "path")
         self.policy.network.to(_device(device))
         for parameter in self.policy.network.parameters():  # not the buffers: rotary frequencies need their precision
             parameter.data = parameter.data.to(DTYPES[dtype])
         self._device = self.policy.device
+        block = self.policy.rules.block_length
+        fits = f"elbo: the model's attention is causal between blocks of {block} tokens"
+        check(block is None or likelihood == "elbo", "likelihood", likelihood, fits)
+        whole = likelihood == "elbo"
+        self.estimator = elbo_of(block, num_samples) if whole else ESTIMATORS[likelihood](num_samples=num_samples)
         self.tokenizer: Any = self.policy.tokenizer
         self._chat = False
         self.max_length = int(max_length or getattr(self.policy.network.config, "max_position_embeddings", None) or 2048)

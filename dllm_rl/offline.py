@@ -132,6 +132,8 @@ def _parse(row: Row, place: str, number: int, policy: Policy, length: int) -> tu
             return f"`{column}` is {row[column]!r}, not a text", None
         if not row[column]:
             return f"`{column}` is empty", None
+    if str(policy.tokenizer.mask_token) in row["prompt"]:
+        return f"`prompt` spells the mask token {policy.tokenizer.mask_token}", None
     try:
         reward = float(row["reward"])
     except (TypeError, ValueError):

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dllm_rl.checkpoint import save_checkpoint
-from dllm_rl.diffusion.estimators import StratifiedCounts
+from dllm_rl.diffusion.estimators import elbo_of
 from dllm_rl.diffusion.likelihood import elbo_terms, token_logps
 from dllm_rl.errors import check
 from dllm_rl.models.policy import Policy
@@ -100,7 +100,8 @@ def allowed_demonstrations(task: Task, count: int, seed: int, leaked: frozenset[
 
 def demonstration_loss(policy: Policy, completions: Completions, *, seed: int, step: int) -> torch.Tensor:
     """Minus the ELBO per canvas token, in nats, averaged over the batch: a scalar."""
-    corruptions = StratifiedCounts(num_samples=1, length_norm="canvas")
+    corruptions = elbo_of(policy.rules.block_length, 1)
+    corruptions.length_norm = "canvas"
     sample = torch.zeros_like(completions.sample_ids)
     corruption = corruptions.draw(
         completions, sample, seed=seed, step=step, mask_id=policy.mask_id, eos_id=policy.eos_id

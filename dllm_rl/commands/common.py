@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -208,11 +209,18 @@ def reference_policy(settings: Settings, accelerator: Accelerator, trained: Poli
     return policy
 
 
-def introduce(policy: Policy, prompt: str | Prompt, completion: str | None = None, length: int = 0) -> None:
-    """Says how text becomes tokens: the special tokens, a prompt, and a completion to learn, padded to `length`."""
-    print(policy.introduction(prompt), flush=True)
-    if completion is not None:
-        print(policy.ending(completion, length), flush=True)
+def introduction(policy: Policy, prompts: Sequence[Prompt]) -> str:
+    """How text becomes tokens: the special tokens, and the first prompt. To be made before there is a run folder.
+
+    Raises:
+        UserError: a prompt spells the mask token, or the chat template cannot lay the first one out.
+    """
+    mask = str(policy.tokenizer.mask_token)
+    for prompt in prompts:
+        if any(mask in text for text in (prompt.text, prompt.prefill, *chain.from_iterable(prompt.shots))):
+            raise UserError(f"prompt {prompt.id}: has the text {mask}, which is this model's mask token; leave it out of "
+                            "the data, or spell it differently")
+    return policy.introduction(prompts[0])
 
 
 def require_model_path(settings: Settings) -> str:

@@ -85,14 +85,15 @@ def run(settings: common.Settings, config: DictConfig, tasks: TaskList) -> None:
     for job in jobs.values():
         for policy in policies.values():
             job["sampler"].check_model(policy, job["task"].completion_length)
+    prompts = [prompt for job in jobs.values() for prompt in job["task"].prompts("test")]
+    introductions = {of: common.introduction(policy, prompts) for of, policy in policies.items()}
     RunFolder.open(folder, record, from_step=0)
     log = SampleLog(folder)
     if settings["resume"] == "overwrite":
         log.clear()
 
-    for of, policy in policies.items():
-        print(f"{of}: {paths[of]}")
-        common.introduce(policy, jobs[names[0]]["task"].prompts("test")[0])
+    for of in policies:
+        print(f"{of}: {paths[of]}\n{introductions[of]}", flush=True)
     found = {of: {name: _evaluated(policy, name, of, job, log) for name, job in jobs.items()}
              for of, policy in policies.items()}
     results: dict[str, dict[str, Any]] = {}

@@ -36,7 +36,7 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     policy = common.build_policy(settings)
     sampler.check_model(policy, task.completion_length)
     policy.network.to(common.accelerator_for_one_process().device)
-    common.introduce(policy, prompts[0])
+    print(common.introduction(policy, prompts), flush=True)
     batch = policy.encode_prompts(prompts, torch.arange(len(prompts)))
     completions = sampler.sample(policy, batch, task.completion_length, seed=seed, step=0)
     console = Console(highlight=False)

@@ -50,7 +50,7 @@ def sampled(settings: common.Settings) -> list[dict[str, Any]]:
     policy = common.build_policy(settings)
     sampler.check_model(policy, task.completion_length)
     policy.network.to(common.accelerator_for_one_process().device)
-    common.introduce(policy, prompts[0])
+    print(common.introduction(policy, prompts), flush=True)
     policy = sampler.prepared(policy)
     grader = settings["reward"].grader(task, policy.device, policy.tokenizer)
     rows, ungraded = [], 0

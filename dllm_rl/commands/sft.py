@@ -11,6 +11,7 @@ from dllm_rl.commands import common
 from dllm_rl.leaks import leaked_texts
 from dllm_rl.optimization import Optimizer
 from dllm_rl.supervised import FineTuning, allowed_demonstrations, finetune, step_seed
+from dllm_rl.task import Prompt
 from dllm_rl.tracking import RunFolder
 
 
@@ -27,9 +28,11 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     optimizer = Optimizer(settings["optimizer"], start.policy.network.parameters(), supervised.steps)
     if start.checkpoint:
         optimizer.load_state_dict(start.state)
-    folder = common.open_folder(path, record, start.done)
     first = allowed_demonstrations(task, supervised.batch_size, step_seed(seed, start.done + 1), leaked)[0]
-    common.introduce(start.policy, first.prompt, first.completion, task.completion_length)
+    introduction = common.introduction(start.policy, [Prompt("of the first demonstration", first.prompt)])
+    ending = start.policy.ending(first.completion, task.completion_length)
+    folder = common.open_folder(path, record, start.done)
+    print(f"{introduction}\n{ending}", flush=True)
     finetune(FineTuning(start.policy, task, optimizer, supervised, start.accelerator, folder, seed, start.done, leaked))
     print(f"next: dllm-rl train task={common.group_choice('task')} model.path={path}")
 

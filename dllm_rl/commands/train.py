@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from dllm_rl.commands import common
 from dllm_rl.critic import Critic
+from dllm_rl.diffusion.corruption import Likelihood
 from dllm_rl.diffusion.estimators import Trajectory
 from dllm_rl.diffusion.sampler import Sampler
 from dllm_rl.drift import Variety
@@ -24,6 +25,7 @@ from dllm_rl.errors import UserError, bad_value, check
 from dllm_rl.experience import Failures, RolloutSource, Source
 from dllm_rl.kl_reward import KLReward
 from dllm_rl.leaks import MODES, find_leaks, guarded, held_out_items, report, text_item
+from dllm_rl.models.policy import Policy
 from dllm_rl.objectives.base import check_unnormalised
 from dllm_rl.offline import FileSource, OfflineConfig, Scored, Skipped, load_scored
 from dllm_rl.optimization import Optimizer
@@ -33,7 +35,7 @@ from dllm_rl.tracking import RunFolder, replace_text
 from dllm_rl.trainer import train
 from dllm_rl.training import Training
 
-INEXACT = "sampler.cache, sampler.dtype, sampler=parallel"
+INEXACT = "sampler.cache, sampler.dtype"
 
 
 def run(settings: common.Settings, config: DictConfig) -> None:
@@ -66,9 +68,10 @@ def run(settings: common.Settings, config: DictConfig) -> None:
         if kl_reward:
             kl_reward.coef = start.state["kl_reward_coef"]
     reference = common.reference_policy(settings, start.accelerator, policy) if uses_reference else None
+    sampled = task.prompts("train") if settings["data"] is None else []
+    introduction = common.introduction(policy, [*task.prompts("test"), *sampled])
     folder = common.open_folder(path, record, start.done)
-    print(f"prompts: protocol {task.protocol}")
-    common.introduce(policy, task.prompts("test")[0])
+    print(f"prompts: protocol {task.protocol}\n{introduction}" + blocks_note(policy, settings["likelihood"]), flush=True)
     if skipped:
         lines = "".join(json.dumps(item._asdict(), ensure_ascii=False) + "\n" for item in skipped)
         replace_text(path / "skipped.jsonl", lines)
@@ -80,6 +83,16 @@ def run(settings: common.Settings, config: DictConfig) -> None:
     ))
     print(f"checkpoints: {path / 'checkpoints'}\nreward curve: {path / 'plots' / 'reward.png'}\n"
           f"next: dllm-rl evaluate task={common.group_choice('task')} model.path={path}")
+
+
+def blocks_note(policy: Policy, likelihood: Likelihood) -> str:
+    """A line on a likelihood whose states the model never met in its own training; empty where there is nothing to say."""
+    block = policy.rules.block_length
+    if block is None or likelihood.fits_blocks(block):
+        return ""
+    return (f"\nnote: this model sees blocks of {block} tokens and never a mask before the block that it writes, but this "
+            f"likelihood hides such tokens; better: likelihood=trajectory likelihood.steps_per_slice=1, or likelihood=block "
+            f"likelihood.block_length={block} likelihood.count_from=prompt")
 
 
 def make_source(settings: common.Settings, start: common.Start) -> tuple[Source, list[Skipped]]:
@@ -111,8 +124,9 @@ def make_source(settings: common.Settings, start: common.Start) -> tuple[Source,
 def needs_recorded(settings: common.Settings) -> bool:
     """Whether ratios to the policy that sampled need the log-probabilities that the sampler met: its states are scored
     again, and something in it (a cache, half precision) lets an exact pass see them differently."""
-    uses_old, replays = settings["objective"].traits.uses_old, settings["likelihood"].replays
-    return bool(settings["data"] is None and uses_old and replays and settings["sampler"].approximate)
+    uses_old, replays, sampler = settings["objective"].traits.uses_old, settings["likelihood"].replays, settings["sampler"]
+    differs = sampler.cache.approximate or sampler.dtype not in (None, getattr(settings["model"], "dtype", None))
+    return bool(settings["data"] is None and uses_old and replays and differs)
 
 
 def rollout_sampler(settings: common.Settings) -> Sampler:

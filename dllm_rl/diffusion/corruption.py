@@ -96,6 +96,12 @@ class Likelihood(ABC):
         """Whether every token is scored at the state in which the sampler wrote it."""
         return False
 
+    def fits_blocks(self, block: int) -> bool:
+        """Whether no draw hides a token before the block of attention that it scores. A model whose attention goes in blocks
+        of `block` tokens, counted from the prompt's start, never saw that."""
+        del block
+        return False
+
     def region_of(self, ids: Tensor, eos_id: int) -> Tensor:
         """[B, L] bool: the positions of the completions `ids` [B, L] that count."""
         return through_first(ids, eos_id) if self.region == "through_first_eos" else torch.ones_like(ids, dtype=torch.bool)

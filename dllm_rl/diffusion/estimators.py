@@ -217,6 +217,9 @@ class Block(Likelihood):
         check(self.scored in ("block", "masked"), "likelihood.scored", self.scored, "block or masked")
         check_probability("likelihood.clean_mask_prob", self.clean_mask_prob)
 
+    def fits_blocks(self, block: int) -> bool:
+        return self.count_from == "prompt" and block % (self.block_length or 32) == 0 and self.clean_mask_prob == 0
+
     def choose(self, draw: Draw) -> Choice:
         """A random subset of one block, and all later blocks."""
         size = self.block_length or 32
@@ -261,6 +264,10 @@ class Trajectory(Likelihood):
     def replays(self) -> bool:
         return self.steps_per_slice == 1
 
+    def fits_blocks(self, block: int) -> bool:
+        del block
+        return self.replays
+
     def choose(self, draw: Draw) -> Choice:
         """What the sampler had not yet written before one of its slices."""
         step = draw.completions.unmask_step
@@ -279,9 +286,20 @@ class LeftToRight(Likelihood):
 
     region: str = "through_first_eos"
 
+    def fits_blocks(self, block: int) -> bool:
+        del block
+        return True
+
     def choose(self, draw: Draw) -> Choice:
         """Everything from one position on."""
         return one_slice(draw, positions(draw.region).masked_fill(~draw.region, -1), self.num_samples)
+
+
+def elbo_of(attention_block: int | None, num_samples: int) -> Likelihood:
+    """The ELBO of the whole canvas for a model of this attention: in both directions, or causal between blocks."""
+    if attention_block is None:
+        return StratifiedCounts(num_samples)
+    return Block(num_samples, region="canvas", block_length=attention_block, count_from="prompt")
 
 
 def one_slice(draw: Draw, slices: Tensor, num_samples: int) -> Choice:

@@ -53,7 +53,10 @@ def _original(policy: Policy, folder: Path, max_shard_size: str) -> list[str]:
     if not facts:
         raise UserError("format=original: this model was never in another format; must be native")
     save_torch_state_dict(_original_tensors(policy, facts), folder, max_shard_size=max_shard_size)
-    (folder / "config.json").write_text(json.dumps(facts["original"], indent=2) + "\n", encoding="utf-8")
+    written = dict(facts["original"])
+    if facts["block_length"] not in (None, written.get("block_length", written.get("block_size"))):  # model.block_length=
+        written["block_length" if "block_length" in written else "block_size"] = facts["block_length"]
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     source = _published(facts)
     if source is None:
         policy.tokenizer.save_pretrained(folder)

@@ -86,6 +86,8 @@ class KeyValueCache:
         shift: int = 0,
     ) -> None:
         check(not exact or attention_block is not None, "sampler.cache.kind", "exact", EXACT_ONLY)
+        if shift and not bool(prompts.mask[:, -1].all()):
+            raise ValueError("prompts must be padded on the left: the logits of a completion's first token stand before it")
         self._policy, self._prompts, self._shift = policy, prompts, shift
         canvas = torch.ones(len(prompts), length, dtype=torch.bool, device=prompts.ids.device)
         self._attended = torch.cat([prompts.mask, canvas], dim=1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -82,7 +82,7 @@ def load(
         return _load_family(folder, settings, family, options, f"{key}={path}", source=path)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # what a damaged file makes the libraries raise is anybody's guess
         raise _cannot(path, key, error) from None
 
 
@@ -225,6 +225,8 @@ def stored_dtypes(folder: Path) -> dict[str, tuple[str, int]]:
 def widest(folder: Path) -> str:
     """The widest precision of a checkpoint's tensors."""
     found = {dtype for dtype, _ in stored_dtypes(folder).values()}
+    if found == {"bfloat16", "float16"}:
+        return "float32"  # which holds both
     return next((dtype for dtype in PRECISIONS.values() if dtype in found), "float32")
 
 

@@ -36,7 +36,8 @@ class PretrainedModel:
     compile: bool = False
     """Compile the layers with torch.compile."""
     chat_template: bool = True
-    """Lay prompts out by the tokenizer's chat template where it has one; false: as plain text."""
+    """Lay prompts out by the tokenizer's chat template where it has one; false: as plain text, and
+    checkpoints are saved without the template."""
     block_length: int | None = None
     """Length of the blocks of a block-causal model. null: what its config.json says, else what its family published."""
     quantization: str | None = None
@@ -88,9 +89,9 @@ class PretrainedModel:
         if self.compile:
             base = network.get_base_model() if hasattr(network, "get_base_model") else network
             base.get_decoder().compile(dynamic=True)
-        policy = Policy(network, tokenizer)
-        policy.chat = policy.chat and self.chat_template
-        return policy
+        if not self.chat_template:
+            tokenizer.chat_template = None  # nor will whoever loads what is saved lay out chats
+        return Policy(network, tokenizer)
 
 
 def _lasting(path: str) -> str:
