@@ -100,8 +100,7 @@ def allowed_demonstrations(task: Task, count: int, seed: int, leaked: frozenset[
 
 def demonstration_loss(policy: Policy, completions: Completions, *, seed: int, step: int) -> torch.Tensor:
     """Minus the ELBO per canvas token, in nats, averaged over the batch: a scalar."""
-    corruptions = elbo_of(policy.rules.block_length, 1)
-    corruptions.length_norm = "canvas"
+    corruptions = elbo_of(policy.rules.block_length, 1, length_norm="canvas")
     sample = torch.zeros_like(completions.sample_ids)
     corruption = corruptions.draw(
         completions, sample, seed=seed, step=step, mask_id=policy.mask_id, eos_id=policy.eos_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def tiny_policy(hidden_size: int, seed: int = 0) -> Policy:
     return policy
 
 
-def llada_policy(layers: int | None, hidden_size: int | None = None) -> Policy:
+def llada_policy(layers: int | None, hidden_size: int | None = None, checkpointed: bool = False) -> Policy:
     """Random bfloat16 weights in LLaDA-8B's shapes; `layers` cuts the depth, `hidden_size` the width at 128 per head."""
     tokenizer = build_tokenizer([])
     narrow = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_attention_heads": hidden_size // 128,
@@ -45,6 +46,10 @@ def llada_policy(layers: int | None, hidden_size: int | None = None) -> Policy:
             network = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
+    if checkpointed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that every release of transformers 5 has
+            network.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(network, tokenizer)
 
 

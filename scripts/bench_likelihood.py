@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +82,8 @@ class Case:
 
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        self.policy = llada_policy(options.layers, options.hidden_size)
+        self.policy = llada_policy(options.layers, options.hidden_size, checkpointed=True)
         self.policy.network.to(getattr(torch, options.dtype))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the name that every release of transformers 5 has
-            self.policy.network.gradient_checkpointing_enable({"use_reentrant": False})
-        self.policy = Policy(self.policy.network, self.policy.tokenizer)
         if options.frozen_head:
             self.policy.network.get_output_embeddings().requires_grad_(False)
         self.completions = make_completions(self.policy, options.sequences, options.prompt_length, options.length)

@@ -9,7 +9,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -215,11 +214,8 @@ def introduction(policy: Policy, prompts: Sequence[Prompt]) -> str:
     Raises:
         UserError: a prompt spells the mask token, or the chat template cannot lay the first one out.
     """
-    mask = str(policy.tokenizer.mask_token)
     for prompt in prompts:
-        if any(mask in text for text in (prompt.text, prompt.prefill, *chain.from_iterable(prompt.shots))):
-            raise UserError(f"prompt {prompt.id}: has the text {mask}, which is this model's mask token; leave it out of "
-                            "the data, or spell it differently")
+        policy.check_prompt(prompt)
     return policy.introduction(prompts[0])
 
 

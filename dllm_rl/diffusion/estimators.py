@@ -295,11 +295,11 @@ class LeftToRight(Likelihood):
         return one_slice(draw, positions(draw.region).masked_fill(~draw.region, -1), self.num_samples)
 
 
-def elbo_of(attention_block: int | None, num_samples: int) -> Likelihood:
+def elbo_of(attention_block: int | None, num_samples: int, length_norm: str = "none") -> Likelihood:
     """The ELBO of the whole canvas for a model of this attention: in both directions, or causal between blocks."""
     if attention_block is None:
-        return StratifiedCounts(num_samples)
-    return Block(num_samples, region="canvas", block_length=attention_block, count_from="prompt")
+        return StratifiedCounts(num_samples, length_norm=length_norm)
+    return Block(num_samples, region="canvas", length_norm=length_norm, block_length=attention_block, count_from="prompt")
 
 
 def one_slice(draw: Draw, slices: Tensor, num_samples: int) -> Choice:

@@ -73,6 +73,7 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, banned: int, look: Look | None
     ) -> Tensor:
+        """The log-probabilities; without a gradient for the head also what the backward pass will need."""
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         top, total = torch.empty_like(logps), torch.empty_like(logps)
@@ -101,6 +102,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias, from [K] those of the log-probabilities."""
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.ahead:
                 (slope,) = ctx.saved_tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from einops import rearrange
@@ -67,9 +68,9 @@ class TextFormat(ABC):
         """
         # A chat template writes the special tokens itself.
         options = {"add_special_tokens": False} if self.chat else {}
+        for prompt in prompts:
+            self.check_prompt(prompt)
         rows = [self.tokenizer.encode(self.render(prompt), **options) for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            self._refuse_mask(row, f"prompt {prompt!r}" if isinstance(prompt, str) else f"prompt {prompt.id}")
         return self.pad_prompts(rows if self.chat else [self.begun(row) for row in rows], sample_ids)
 
     def begun(self, row: list[int]) -> list[int]:
@@ -121,15 +122,24 @@ class TextFormat(ABC):
         """
         ids = torch.full((len(texts), length), self.eos_id)
         for number, text in enumerate(texts):
+            self._refuse_mask(f"completion {text!r}", text)
             row = self.tokenizer.encode(text, add_special_tokens=False)
-            self._refuse_mask(row, f"completion {text!r}")
             row = ([*row, self.turn_end_id] if self.chat and self.turn_end_id is not None else row)[:length]
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
         return ids.to(self.device)
 
-    def _refuse_mask(self, row: list[int], what: str) -> None:
+    def check_prompt(self, prompt: str | Prompt) -> None:
+        """Raises:
+            UserError: the prompt spells the mask token.
+        """
+        if isinstance(prompt, str):
+            self._refuse_mask(f"prompt {prompt!r}", prompt)
+        else:
+            self._refuse_mask(f"prompt {prompt.id}", prompt.text, prompt.prefill, *chain.from_iterable(prompt.shots))
+
+    def _refuse_mask(self, what: str, *texts: str) -> None:
         """A mask that came from text would be a token to predict, whose log-probability is -inf."""
-        if self.mask_id in row:
+        if any(str(self.tokenizer.mask_token) in text for text in texts):
             shown = what if len(what) <= 120 else f"{what[:90]} ... {what[-25:]}"
             raise UserError(f"{shown}: has the text {self.tokenizer.mask_token}, which is this model's mask token; leave it "
                             "out of the data, or spell it differently")
