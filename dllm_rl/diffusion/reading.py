@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from dllm_rl.diffusion.likelihood import Denoiser
 from dllm_rl.errors import check
 from dllm_rl.types import PromptBatch
 
@@ -44,7 +43,7 @@ class CacheConfig:
 
 
 class BlockCache(Protocol):
-    """Keys and values of B rows; `dllm_rl.models.kv_cache.KeyValueCache` is one.
+    """Keys and values of B rows, as `cache` of a policy gives it; `dllm_rl.models.kv_cache.KeyValueCache` is one.
 
     Columns count the padded prompt and the canvas: [0, P + L).
     """
@@ -54,13 +53,6 @@ class BlockCache(Protocol):
 
     def unsettled(self, rows: Tensor, canvas: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
         """For block-causal attention: the columns [R], [R] that must be computed to know those up to column `end` [R]."""
-
-
-class CachingDenoiser(Denoiser, Protocol):
-    """A model that can remember."""
-
-    def cache(self, prompts: PromptBatch, length: int, *, exact: bool) -> BlockCache:
-        """An empty cache. `exact` asks for one that is right without refreshing."""
 
 
 class Query(NamedTuple):
